@@ -1,0 +1,1 @@
+"""Probes: what does a model still know?"""

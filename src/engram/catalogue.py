@@ -1,0 +1,897 @@
+"""The papers and the methods, as plain data: the only list of them. Importing it imports nothing heavy.
+
+A paper's row says what it claims and which classes implement it. A method's row says what it cannot do
+without: `needs` are alternatives, any ONE of the sets is enough, and `variants` the needs of other settings
+than the default. A test compares the rows with the classes. Other packages add rows by entry points of the
+group `engram.methods`: each names a `Method` or a tuple of them, best kept in a module that imports this one
+alone.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
+
+from engram.errors import EngramError, unknown
+
+WINGS = ("learn", "keep", "forget", "protect", "recall", "audit")
+STATUSES = ("works", "works (reconstruction)", "planned")
+
+# What a learner, forgetter or protector may need; the names are those of engram.core's `Need`.
+NEEDS = (
+    "forget-rows",
+    "forget-labels",
+    "retain-rows",
+    "retain-labels",
+    "general-rows",
+    "statistics",
+    "history",
+    "recipe",
+    "oracles",
+    "concept",
+    "anchor",
+    "class-names",
+    "boundaries",
+    "backbone",
+)
+# What a probe may ask of its subject besides.
+ASKS = ("model", "before", "request", "forget", "retain", "test", "transfer", "forgetter", "learner")
+# For a probe, what is at hand for a request counts under its own names, and a recipe makes oracles.
+COUNTS_AS = {"forget-rows": "forget", "retain-rows": "retain", "recipe": "oracles"}
+
+Needs = tuple[frozenset[str], ...]
+
+
+@dataclass(frozen=True)
+class Paper:
+    """One paper. `year` is that of its first arXiv version, `claim` what it says, in one line."""
+
+    slug: str
+    title: str
+    year: int
+    arxiv: str
+    wing: str
+    claim: str
+    classes: tuple[str, ...]
+    status: str = "planned"
+
+
+@dataclass(frozen=True)
+class Method:
+    """One method, of a paper or a baseline; `name` is "wing.Class", `module` where the class is defined."""
+
+    name: str
+    wing: str
+    module: str
+    summary: str
+    needs: Needs
+    paper: str | None = None
+    variants: tuple[tuple[str, Needs], ...] = ()
+    exact: bool = False
+
+
+@dataclass(frozen=True)
+class Possible:
+    """Whether a method can run with what is at hand.
+
+    `needs` is the first alternative that is satisfied, else the one that lacks least; `missing` is what it
+    lacks, `setting` the setting it belongs to ("" for the default).
+    """
+
+    method: Method
+    setting: str
+    needs: frozenset[str]
+    missing: frozenset[str]
+
+    @property
+    def usable(self) -> bool:
+        """True when nothing is missing."""
+        return not self.missing
+
+
+def papers() -> tuple[Paper, ...]:
+    """All papers, by wing."""
+    return PAPERS
+
+
+def paper(slug: str) -> Paper:
+    """The paper of this slug. Raises EngramError with the nearest slug when there is none."""
+    found = {row.slug: row for row in PAPERS}.get(slug)
+    if found is None:
+        raise unknown("paper", slug, (row.slug for row in PAPERS))
+    return found
+
+
+def methods(wing: str | None = None) -> tuple[Method, ...]:
+    """All methods, or those of one wing; those of other packages last. EngramError for an unknown wing."""
+    if wing not in (None, *WINGS):
+        raise unknown("wing", wing, WINGS)
+    return tuple(row for row in (*METHODS, *_others()) if wing in (None, row.wing))
+
+
+def find(name: str) -> Method:
+    """The method of this name: with its wing ("forget.SSD") or, if only one wing has it, without ("SSD").
+
+    Case, hyphens and underscores do not matter. Raises EngramError when there is none, with the nearest name,
+    and when several wings have one of that name.
+    """
+    found = [row for row in methods() if _plain(name) in (_plain(row.name), _plain(_bare(row)))]
+    if not found:
+        raise unknown("method", name, (row.name if "." in name else _bare(row) for row in methods()))
+    if len(found) > 1:
+        names = " or ".join(row.name for row in found)
+        raise EngramError(f"several wings have a method {name!r}: say which one with its wing, {names}.")
+    return found[0]
+
+
+def possible(have: Iterable[str], wing: str | None = None) -> list[Possible]:
+    """For every method (of one wing), whether what is at hand suffices. An unknown need is an EngramError."""
+    held = set(have)
+    for name in sorted(held - {*NEEDS, *ASKS}):
+        raise unknown("need", name, (*NEEDS, *ASKS))
+    probes = held | {COUNTS_AS[name] for name in held & COUNTS_AS.keys()}
+    return [_nearest(row, probes if row.wing == "audit" else held) for row in methods(wing)]
+
+
+def _nearest(row: Method, held: set[str]) -> Possible:
+    settings = (("", row.needs), *row.variants)
+    options = [Possible(row, setting, needs, needs - held) for setting, sets in settings for needs in sets]
+    return min(options, key=lambda option: len(option.missing))  # the first one, among equals
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("-", "").replace("_", "")
+
+
+def _bare(row: Method) -> str:
+    return row.name.rpartition(".")[2]
+
+
+@cache
+def _others() -> tuple[Method, ...]:
+    """The methods of other packages. One that cannot be read is left out, with a warning that names it."""
+    taken = {row.name for row in METHODS}
+    return tuple(row for entry in entry_points(group="engram.methods") for row in _read(entry, taken))
+
+
+def _read(entry: EntryPoint, taken: set[str]) -> Iterator[Method]:
+    try:
+        loaded = entry.load()
+        rows = (loaded,) if isinstance(loaded, Method) else tuple(loaded)
+    except Exception as error:
+        warnings.warn(f"the methods of {_source(entry)} are left out: {error}", stacklevel=2)
+        return
+    for row in rows:
+        fault = _fault(row, taken)
+        if fault:
+            warnings.warn(f"a method of {_source(entry)} is left out: {fault}", stacklevel=2)
+        else:
+            taken.add(row.name)
+            yield row
+
+
+def _source(entry: EntryPoint) -> str:
+    package = entry.dist.name if entry.dist else "another package"
+    return f"{package} (entry point {entry.name!r} = {entry.value})"
+
+
+def _fault(row: object, taken: set[str]) -> str:
+    if not isinstance(row, Method):
+        return f"{row!r} is no engram.catalogue.Method."
+    if row.wing not in WINGS or not row.name.startswith(f"{row.wing}."):
+        return f"the name {row.name!r} must be the wing, one of {', '.join(WINGS)}, then a dot and the class."
+    strange = frozenset().union(*row.needs) - {*NEEDS, *ASKS}
+    if strange or not row.needs:
+        return f"the needs of {row.name} must be one or more sets of known needs, not {sorted(strange)}."
+    return f"there is a method {row.name} already." if row.name in taken else ""
+
+
+def _needs(*alternatives: str) -> Needs:
+    """Alternatives, each a string of names with spaces between; "" needs nothing special."""
+    return tuple(frozenset(names.split()) for names in alternatives)
+
+
+PAPERS: tuple[Paper, ...] = (
+    Paper(
+        "noprop",
+        "NoProp: Training Neural Networks without Back-propagation or Forward-propagation",
+        2025,
+        "2503.24322",
+        "learn",
+        "layers trained each by itself to denoise a noised label reach the "
+        "accuracy of backpropagation on small images",
+        ("learn.NoProp",),
+    ),
+    Paper(
+        "physical-forward-forward",
+        "Backpropagation-free Training of Deep Physical Neural Networks",
+        2023,
+        "2304.11042",
+        "learn",
+        "networks with physical layers that nobody can differentiate learn by a "
+        "local contrast of right and wrong labels",
+        ("learn.PhysicalForwardForward",),
+    ),
+    Paper(
+        "cyclical-curriculum",
+        "Cyclical Curriculum Learning",
+        2022,
+        "2202.05531",
+        "learn",
+        "letting the share of data in use rise and fall in cycles beats both a "
+        "plain training and a one-way curriculum",
+        ("learn.CyclicalCurriculum",),
+    ),
+    Paper(
+        "early-learning-regularization",
+        "Early-Learning Regularization Prevents Memorization of Noisy Labels",
+        2020,
+        "2007.00151",
+        "learn",
+        "pulling predictions towards their own running average keeps a network from memorising wrong labels",
+        ("learn.ELR", "learn.ELRPlus"),
+    ),
+    Paper(
+        "g-simclr",
+        "G-SimCLR: Self-Supervised Contrastive Learning with Guided Projection via Pseudo Labelling",
+        2020,
+        "2009.12007",
+        "learn",
+        "batches that hold no pseudo-class twice make contrastive "
+        "representations at least as good as random batches",
+        ("learn.GSimCLR",),
+    ),
+    Paper(
+        "obow",
+        "OBoW: Online Bag-of-Visual-Words Generation for Self-Supervised Learning",
+        2020,
+        "2012.11552",
+        "learn",
+        "predicting a teacher's bag of visual words, its vocabulary renewed "
+        "online, learns features that transfer",
+        ("learn.OBoW",),
+    ),
+    Paper(
+        "directpred",
+        "Understanding self-supervised Learning Dynamics without Contrastive Pairs",
+        2021,
+        "2102.06810",
+        "learn",
+        "a predictor computed from the correlation of its inputs does as well as a "
+        "trained one, and explains why no collapse",
+        ("learn.DirectPred",),
+    ),
+    Paper(
+        "provable-pretraining",
+        "On the Provable Advantage of Unsupervised Pretraining",
+        2023,
+        "2303.01566",
+        "learn",
+        "maximum likelihood on many unlabelled rows, then risk minimisation on few "
+        "labelled ones, provably needs fewer labels",
+        ("learn.FactorPretraining", "learn.MixturePretraining", "learn.PairPretraining"),
+    ),
+    Paper(
+        "learned-proximal-networks",
+        "What's in a Prior? Learned Proximal Networks for Inverse Problems",
+        2023,
+        "2310.14344",
+        "learn",
+        "networks that are proximal operators by construction recover the "
+        "log-prior of data and make solvers converge",
+        ("learn.LearnedProximal",),
+    ),
+    Paper(
+        "s3im",
+        "S3IM: Stochastic Structural SIMilarity and Its Unreasonable Effectiveness for Neural Fields",
+        2023,
+        "2308.07032",
+        "learn",
+        "structural similarity over random groups of pixels, added to the loss, "
+        "improves neural fields almost for free",
+        ("learn.S3IM", "learn.NeuralField"),
+    ),
+    Paper(
+        "compositional-scenes",
+        "Compositional Scene Representation Learning via Reconstruction: A Survey",
+        2022,
+        "2202.07135",
+        "learn",
+        "methods that rebuild a scene from parts find its objects without "
+        "labels; one benchmark compares them",
+        ("learn.SlotAttention", "learn.NEM", "learn.OneSlot", "audit.SceneDecomposition"),
+    ),
+    Paper(
+        "discriminative-class-tokens",
+        "Discriminative Class Tokens for Text-to-Image Diffusion Models",
+        2023,
+        "2303.17155",
+        "learn",
+        "tuning the embedding of one token by a classifier makes a text-to-image "
+        "model draw the class more faithfully",
+        ("learn.ClassToken",),
+    ),
+    Paper(
+        "domain-extrapolation",
+        "Beyond Finite Data: Towards Data-free Out-of-distribution Generalization via Extrapolation",
+        2024,
+        "2403.05523",
+        "learn",
+        "domains that a language model names and an image model draws "
+        "improve generalisation to unseen domains",
+        ("learn.DomainExtrapolation",),
+    ),
+    Paper(
+        "non-instructional-finetuning",
+        "Non-instructional Fine-tuning: Enabling Instruction-Following "
+        "Capabilities in Pre-trained Language Models "
+        "without Instruction-Following Data",
+        2024,
+        "2409.00096",
+        "learn",
+        "fine-tuning on a stronger model's continuations of halved texts teaches a "
+        "language model to follow instructions",
+        ("learn.NonInstructional",),
+    ),
+    Paper(
+        "novel-class-discovery",
+        "A Practical Approach to Novel Class Discovery in Tabular Data",
+        2023,
+        "2311.05440",
+        "learn",
+        "novel classes in tables can be found, and counted, when settings are "
+        "tuned on known classes that were hidden",
+        ("learn.NCDKMeans", "learn.NCDSpectral", "learn.PBN"),
+    ),
+    Paper(
+        "fetril",
+        "FeTrIL: Feature Translation for Exemplar-Free Class-Incremental Learning",
+        2022,
+        "2211.13131",
+        "keep",
+        "a linear head on new features and on their translations to old class "
+        "means keeps old classes without exemplars",
+        ("keep.FeTrIL",),
+    ),
+    Paper(
+        "rehearsal-free",
+        "A Closer Look at Rehearsal-Free Continual Learning",
+        2022,
+        "2203.17269",
+        "keep",
+        "distillation and parameter penalties, well combined, keep old classes "
+        "without rehearsal; plain L2 can beat EWC",
+        ("keep.RehearsalFree",),
+    ),
+    Paper(
+        "napa-vq",
+        "NAPA-VQ: Neighborhood Aware Prototype Augmentation with Vector Quantization for Continual Learning",
+        2023,
+        "2308.09297",
+        "keep",
+        "knowing which classes are neighbours in feature space gives better "
+        "prototypes and less overlap of old and new",
+        ("keep.NAPAVQ",),
+    ),
+    Paper(
+        "prd",
+        "Prototype-Sample Relation Distillation: Towards Replay-Free Continual Learning",
+        2023,
+        "2303.14771",
+        "keep",
+        "keeping how new samples relate to old class prototypes holds old knowledge without stored data",
+        ("keep.PRD",),
+    ),
+    Paper(
+        "tame",
+        "TAME: Task Agnostic Continual Learning using Multiple Experts",
+        2022,
+        "2210.03869",
+        "keep",
+        "a jump of the loss tells that the task changed, and experts with a "
+        "selector then beat methods that are told",
+        ("keep.TAME",),
+    ),
+    Paper(
+        "ovor",
+        "OVOR: OnePrompt with Virtual Outlier Regularization for Rehearsal-Free Class-Incremental Learning",
+        2024,
+        "2402.04129",
+        "keep",
+        "one shared prompt matches pools of prompts, and virtual outliers stop "
+        "tasks from claiming each other's rows",
+        ("keep.OnePrompt", "keep.VirtualOutliers"),
+    ),
+    Paper(
+        "nmc-baseline",
+        "A Simple Baseline that Questions the Use of Pretrained-Models in Continual Learning",
+        2022,
+        "2210.04428",
+        "keep",
+        "the nearest class mean of frozen pretrained features competes with "
+        "elaborate continual learning methods",
+        ("keep.NMC",),
+    ),
+    Paper(
+        "dependency-preserving-hypernetworks",
+        "Continual Learning with Dependency Preserving Hypernetworks",
+        2022,
+        "2209.07712",
+        "keep",
+        "a recurrent hypernetwork, which lets layers depend on each other, "
+        "generates better weights for every task",
+        ("keep.DependencyPreservingHypernetwork", "keep.ChunkedHypernetwork"),
+    ),
+    Paper(
+        "open-world-cl",
+        "A Wholistic View of Continual Learning with Deep Neural Networks: "
+        "Forgotten Lessons and the Bridge to Active "
+        "and Open World Learning",
+        2020,
+        "2009.01797",
+        "keep",
+        "one variational model with bounds on its latent space rehearses, refuses "
+        "the unknown and chooses what to learn",
+        ("keep.OpenVariational",),
+    ),
+    Paper(
+        "lingocl",
+        "Enhancing Visual Continual Learning with Language-Guided Supervision",
+        2024,
+        "2403.16124",
+        "keep",
+        "frozen embeddings of class names, in place of a random classifier, "
+        "reduce forgetting in existing methods",
+        ("keep.LingoCL",),
+    ),
+    Paper(
+        "cl-in-neural-networks",
+        "Continual Learning in Neural Networks",
+        2019,
+        "1910.02718",
+        "keep",
+        "experts, importances, sparsity and chosen samples each lessen "
+        "forgetting, up to streams without task borders",
+        (
+            "keep.ExpertGate",
+            "keep.EncoderBasedLwF",
+            "keep.MAS",
+            "keep.TaskFreeMAS",
+            "keep.SLNID",
+            "keep.GSS",
+            "keep.MIR",
+        ),
+    ),
+    Paper(
+        "contracon",
+        "Exemplar-Free Continual Transformer with Convolutions",
+        2023,
+        "2308.11357",
+        "keep",
+        "small convolutions that re-weight attention give a transformer every "
+        "task; entropy over views tells which it is",
+        ("keep.ConTraCon",),
+    ),
+    Paper(
+        "lifelong-framework",
+        "A Deep Learning Framework for Lifelong Machine Learning",
+        2021,
+        "2105.00157",
+        "keep",
+        "one mechanism, how stiff each weight is, yields non-forgetting, transfer, "
+        "few-shot learning and graceful forgetting",
+        ("keep.LifelongFramework",),
+    ),
+    Paper(
+        "few-shot-cl-brain",
+        "Few-shot Continual Learning: a Brain-inspired Approach",
+        2021,
+        "2104.09034",
+        "keep",
+        "fast and slow weights, consolidated in two steps, keep old tasks and "
+        "get better at learning from few examples",
+        ("keep.FastSlow",),
+    ),
+    Paper(
+        "discrete-key-value-bottleneck",
+        "Discrete Key-Value Bottleneck",
+        2022,
+        "2207.11240",
+        "keep",
+        "values read through frozen discrete keys change locally, so class after "
+        "class is learnt with little forgetting",
+        ("keep.KeyValueBottleneck",),
+    ),
+    Paper(
+        "acu",
+        "ACU: Analytic Continual Unlearning for Efficient and Exact Forgetting with Privacy Preservation",
+        2025,
+        "2505.12239",
+        "keep",
+        "with a least-squares head, learning and forgetting are closed-form "
+        "updates, and the forgetting is exact",
+        ("keep.ACU",),
+    ),
+    Paper(
+        "bt2",
+        "BT^2: Backward-compatible Training with Basis Transformation",
+        2022,
+        "2211.03989",
+        "keep",
+        "a few extra dimensions and learnt rotations make new embeddings "
+        "comparable with old ones at no loss of quality",
+        ("keep.BT2", "keep.BCT", "audit.Compatibility"),
+    ),
+    Paper(
+        "nevis22",
+        "NEVIS'22: A Stream of 100 Tasks Sampled from 30 Years of Computer Vision Research",
+        2022,
+        "2211.11747",
+        "keep",
+        "on a long chronological stream, learners should be judged by "
+        "accuracy against all the compute they spend",
+        ("keep.Independent", "keep.Previous", "keep.Dynamic"),
+    ),
+    Paper(
+        "laf",
+        "Label-Agnostic Forgetting: A Supervision-Free Unlearning in Deep Models",
+        2024,
+        "2404.00506",
+        "forget",
+        "unlearning in the space of representations needs no labels and comes close to methods that use them",
+        ("forget.LAF",),
+    ),
+    Paper(
+        "datamodel-matching",
+        "Attribute-to-Delete: Machine Unlearning via Datamodel Matching",
+        2024,
+        "2410.23232",
+        "forget",
+        "predicting a retrained model's outputs by data attribution, then "
+        "matching them, comes close to retraining",
+        ("forget.DatamodelMatching", "forget.OracleMatching", "forget.DatamodelDirect"),
+    ),
+    Paper(
+        "ssd",
+        "Fast Machine Unlearning Without Retraining Through Selective Synaptic Dampening",
+        2023,
+        "2308.07707",
+        "forget",
+        "shrinking the weights that matter far more to the forget set than to "
+        "all data forgets without retraining",
+        ("forget.SSD",),
+    ),
+    Paper(
+        "deep-regression-unlearning",
+        "Deep Regression Unlearning",
+        2022,
+        "2210.08196",
+        "forget",
+        "regressors forget by imitating a network that saw only retained "
+        "rows, or by fine-tuning on drawn targets",
+        ("forget.Blindspot", "forget.GaussianFineTune"),
+    ),
+    Paper(
+        "npo",
+        "Negative Preference Optimization: From Catastrophic Collapse to Effective Unlearning",
+        2024,
+        "2404.05868",
+        "forget",
+        "treating forget texts as dispreferred answers unlearns while "
+        "collapsing far slower than gradient ascent",
+        (
+            "forget.NPO",
+            "forget.GradientAscent",
+            "forget.GradientDifference",
+            "forget.KLForget",
+            "forget.DPO",
+            "forget.IDK",
+            "forget.SimNPO",
+        ),
+    ),
+    Paper(
+        "whos-harry-potter",
+        "Who's Harry Potter? Approximate Unlearning in LLMs",
+        2023,
+        "2310.02238",
+        "forget",
+        "fine-tuning on generic alternative labels makes a language model "
+        "lose a book and keep its general skills",
+        ("forget.WhosHarryPotter",),
+    ),
+    Paper(
+        "eco-prompts",
+        "Large Language Model Unlearning via Embedding-Corrupted Prompts",
+        2024,
+        "2406.07933",
+        "forget",
+        "corrupting the embeddings of prompts that a classifier flags acts "
+        "like unlearning, with few side effects",
+        ("forget.ECO",),
+    ),
+    Paper(
+        "advunlearn",
+        "Defensive Unlearning with Adversarial Training for Robust Concept Erasure in Diffusion Models",
+        2024,
+        "2405.15234",
+        "forget",
+        "adversarial training of the text encoder makes concept erasure "
+        "withstand attacks and keeps image quality",
+        ("forget.AdvUnlearn", "forget.ESD", "audit.UnlearnDiffAttack"),
+    ),
+    Paper(
+        "doco",
+        "Unlearning Concepts in Diffusion Model via Concept Domain "
+        "Correction and Concept Preserving Gradient",
+        2024,
+        "2405.15304",
+        "forget",
+        "aligning a concept's outputs with an anchor's adversarially, and trimming "
+        "conflicting gradients, erases and keeps",
+        ("forget.DoCo",),
+    ),
+    Paper(
+        "all-but-one",
+        "All but One: Surgical Concept Erasing with Model Preservation in Text-to-Image Diffusion Models",
+        2023,
+        "2312.12807",
+        "forget",
+        "changing only the guidance term of a concept, the unconditional score "
+        "held, erases it and keeps the layout",
+        ("forget.AllButOne",),
+    ),
+    Paper(
+        "are-we-truly-forgetting",
+        "Are We Truly Forgetting? A Critical Re-examination of Machine Unlearning Evaluation Protocols",
+        2025,
+        "2503.06991",
+        "audit",
+        "methods that look good by accuracy keep the forgotten classes in "
+        "their representations, or ruin them",
+        ("audit.Representation",),
+    ),
+    Paper(
+        "concept-vectors",
+        "Intrinsic Evaluation of Unlearning Using Parametric Knowledge Traces",
+        2024,
+        "2406.11614",
+        "audit",
+        "unlearning leaves the parameter vectors that carry a concept nearly "
+        "untouched; ablating them removes it",
+        ("audit.ConceptVectors", "forget.Needle"),
+    ),
+    Paper(
+        "restor",
+        "RESTOR: Knowledge Recovery in Machine Unlearning",
+        2024,
+        "2411.00204",
+        "audit",
+        "many unlearning methods forget planted falsehoods without "
+        "recovering what the model knew before them",
+        ("audit.Restor",),
+    ),
+    Paper(
+        "ununlearning",
+        "UnUnlearning: Unlearning is not sufficient for content regulation in advanced generative AI",
+        2024,
+        "2407.00106",
+        "audit",
+        "knowledge that was unlearnt, even exactly, can be put back by the "
+        "prompt, so filters are needed as well",
+        ("audit.InContextReintroduction",),
+    ),
+    Paper(
+        "grok-or-not",
+        "To grok or not to grok: Disentangling generalization and "
+        "memorization on corrupted algorithmic datasets",
+        2023,
+        "2310.13061",
+        "audit",
+        "neurons that memorise wrong labels can be told from those that know the rule, and pruned",
+        ("audit.NeuronIPR", "forget.PruneMemorising"),
+    ),
+    Paper(
+        "cfsl-instances",
+        "Expanding continual few-shot learning benchmarks to include recognition of specific instances",
+        2022,
+        "2209.07863",
+        "audit",
+        "more classes make continual few-shot learning harder, occlusion breaks "
+        "instance recognition, replay helps both",
+        ("audit.FewShotProtocol", "keep.ProtoNet", "keep.PretrainTune"),
+    ),
+    Paper(
+        "provably-unlearnable-examples",
+        "Towards Provably Unlearnable Examples via Bayes Error Optimisation",
+        2025,
+        "2511.08191",
+        "protect",
+        "bounded noise that raises the Bayes error makes data hard to learn "
+        "from, also when mixed with clean data",
+        ("protect.BayesErrorNoise",),
+    ),
+    Paper(
+        "nv-embed",
+        "NV-Embed: Improved Techniques for Training LLMs as Generalist Embedding Models",
+        2024,
+        "2405.17428",
+        "recall",
+        "latent attention, no causal mask and contrastive tuning in two stages "
+        "turn a language model into an embedder",
+        ("recall.NVEmbed",),
+    ),
+    Paper(
+        "raml",
+        "Retrieval-Augmented Meta Learning for Low-Resource Text Classification",
+        2023,
+        "2309.04979",
+        "recall",
+        "passages retrieved from a corpus, fused by several views, help to "
+        "classify text from very few examples",
+        ("recall.RAML",),
+    ),
+    Paper(
+        "semi-parametric-synthesis",
+        "Semi-Parametric Neural Image Synthesis",
+        2022,
+        "2204.11824",
+        "recall",
+        "a small generator that paints from retrieved neighbours changes "
+        "domain when its image memory is exchanged",
+        ("recall.RetrievalDiffusion", "recall.RetrievalAutoregressive"),
+    ),
+    Paper(
+        "icl-discrete-functions",
+        "Understanding In-Context Learning in Transformers and LLMs by Learning to Learn Discrete Functions",
+        2023,
+        "2310.03016",
+        "recall",
+        "transformers learn simple Boolean functions in context almost "
+        "optimally, and sooner from a teaching sequence",
+        ("recall.InContextLearner",),
+    ),
+)
+
+METHODS: tuple[Method, ...] = (
+    Method(
+        "keep.NMC",
+        "keep",
+        "engram.keep.nmc",
+        "nearest class mean of frozen features; forgets exactly",
+        _needs("backbone"),
+        paper="nmc-baseline",
+        exact=True,
+    ),
+    Method(
+        "keep.FeTrIL",
+        "keep",
+        "engram.keep.fetril",
+        "linear head on new features and on their translations to old class means",
+        _needs("backbone boundaries"),
+        paper="fetril",
+    ),
+    Method(
+        "keep.ACU",
+        "keep",
+        "engram.keep.acu",
+        "ridge regression on frozen random features; learns and forgets in closed form, exactly",
+        _needs("backbone"),
+        paper="acu",
+        exact=True,
+    ),
+    Method(
+        "keep.RehearsalFree",
+        "keep",
+        "engram.keep.rehearsal_free",
+        "distillation of predictions and features, L2 and EWC penalties, no stored rows",
+        _needs("boundaries"),
+        paper="rehearsal-free",
+    ),
+    Method(
+        "keep.Finetune",
+        "keep",
+        "engram.keep.finetune",
+        "trains on each task as it comes: the lower bound",
+        _needs(""),
+    ),
+    Method(
+        "keep.Replay",
+        "keep",
+        "engram.keep.replay",
+        "trains on each task mixed with a buffer of earlier rows",
+        _needs(""),
+    ),
+    Method(
+        "keep.Joint",
+        "keep",
+        "engram.keep.joint",
+        "trains anew on all rows seen so far: the upper bound",
+        _needs(""),
+    ),
+    Method(
+        "keep.TAME",
+        "keep",
+        "engram.keep.tame",
+        "experts that notice a new task by their loss, and a selector that routes rows to them",
+        _needs(""),
+        paper="tame",
+    ),
+    Method(
+        "forget.SSD",
+        "forget",
+        "engram.forget.ssd",
+        "dampens the weights that matter far more to the forget rows than to all rows",
+        _needs("forget-rows forget-labels statistics", "forget-rows forget-labels retain-rows retain-labels"),
+        paper="ssd",
+    ),
+    Method(
+        "forget.Retrain",
+        "forget",
+        "engram.forget.retrain",
+        "trains anew without the forget rows: the oracle",
+        _needs("retain-rows retain-labels recipe"),
+        exact=True,
+    ),
+    Method(
+        "forget.Finetune",
+        "forget",
+        "engram.forget.finetune",
+        "trains on with the retained rows alone",
+        _needs("retain-rows retain-labels"),
+    ),
+    Method(
+        "forget.GradientAscent",
+        "forget",
+        "engram.forget.gradient_ascent",
+        "climbs the loss on the forget rows",
+        _needs("forget-rows forget-labels"),
+    ),
+    Method(
+        "forget.GradientDifference",
+        "forget",
+        "engram.forget.gradient_difference",
+        "climbs the loss on the forget rows and descends it on the retained rows",
+        _needs("forget-rows forget-labels retain-rows retain-labels"),
+    ),
+    Method(
+        "forget.NPO",
+        "forget",
+        "engram.forget.npo",
+        "makes the forget texts less likely than the model before did, with a bounded gradient",
+        _needs("forget-rows forget-labels"),
+        paper="npo",
+        variants=(("with a retain term", _needs("forget-rows forget-labels retain-rows retain-labels")),),
+    ),
+    Method(
+        "audit.Accuracy",
+        "audit",
+        "engram.audit.accuracy",
+        "accuracy on forget, retain and test rows, beside the oracles'",
+        _needs("model test"),
+    ),
+    Method(
+        "audit.Membership",
+        "audit",
+        "engram.audit.membership",
+        "membership inference by loss: ROC, AUC and true positives at 1% false positives",
+        _needs("model forget test"),
+    ),
+    Method(
+        "audit.Representation",
+        "audit",
+        "engram.audit.representation",
+        "what the representation still holds: CKA, nearest neighbours and linear probes",
+        _needs("model forget retain test"),
+        paper="are-we-truly-forgetting",
+    ),
+    Method(
+        "audit.RetrainGap",
+        "audit",
+        "engram.audit.retrain_gap",
+        "how far every figure lies from that of models retrained without the forget rows",
+        _needs("model forget retain test oracles"),
+    ),
+)

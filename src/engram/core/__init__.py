@@ -1,0 +1,1 @@
+"""The protocols that a method implements, the templates that keep it short, verdicts, and the timeline."""

@@ -1,0 +1,138 @@
+"""The template of learners on a frozen encoder: what they keep are sums over rows, and rows can be taken out of sums."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from engram.core.learner import Learner
+from engram.core.needs import NOTHING, Need, Needs, needs
+from engram.core.request import Request
+from engram.core.trace import State
+from engram.data.table import Ids, Table
+from engram.data.task import Task
+from engram.engine.predict import predict
+from engram.engine.run import Run
+from engram.errors import EngramError
+from engram.models.frozen import frozen_encoder
+from engram.models.predictor import Predictor
+
+
+class Sums(Protocol):
+    """Sums over rows: `stats.moments.ClassMeans`, `stats.ridge.Ridge`."""
+
+    def add(self, x: Tensor, y: Tensor) -> None: ...
+    def remove(self, x: Tensor, y: Tensor) -> None: ...
+    def state_dict(self) -> Any: ...
+    def load_state_dict(self, state: Any) -> None: ...
+
+
+class SummedRows:
+    """A trace: sums over the features of rows, and the ids of the rows that are in them.
+
+    `encode(table)` gives what is summed: (features [n, d], labels). Rows leave exactly, up to rounding, if they come
+    with the contents and labels that they had when they went in.
+    """
+
+    def __init__(self, make: Callable[[int], Sums], encode: Callable[[Table], tuple[Tensor, Tensor]]) -> None:
+        self.make, self.encode = make, encode
+        self.sums: Any = None
+        self.width = 0
+        self.ids: set[str] = set()
+
+    def add(self, table: Table) -> None:
+        """Take rows in; EngramError for an id that is in already."""
+        twice = self.holds(table.ids)
+        if twice:
+            raise EngramError(f"the record {twice[0]!r} was learnt before; forget it first to learn it anew")
+        x, y = self.encode(table)
+        if self.sums is None:
+            self.width = x.shape[1]
+            self.sums = self.make(self.width)
+        self.sums.add(x, y)
+        self.ids.update(table.ids)
+
+    def holds(self, ids: Iterable[str]) -> Ids:
+        return tuple(id for id in ids if id in self.ids)
+
+    def drop(self, rows: Table) -> Ids:
+        """Take rows out; what was never learnt is left alone. No residue, unless labels are missing."""
+        held = rows.select(self.holds(rows.ids))
+        if not len(held):
+            return ()
+        if held.labels is None:
+            return held.ids
+        self.sums.remove(*self.encode(held))
+        self.ids.difference_update(held.ids)
+        return ()
+
+    def state_dict(self) -> State:
+        sums = None if self.sums is None else dict(self.sums.state_dict())
+        return {"ids": sorted(self.ids), "width": self.width, "sums": sums}
+
+    def load_state_dict(self, state: State) -> None:
+        self.ids = set(state["ids"])
+        self.width, self.sums = state["width"], None
+        if state["sums"] is not None:
+            self.sums = self.make(self.width)
+            self.sums.load_state_dict(state["sums"])
+
+
+@dataclass(kw_only=True, eq=False)
+class FrozenLearner(Learner):
+    """A head over a frozen encoder.
+
+    `backbone`: a module, a model directory or a name; None takes the rows themselves as features. Hooks: `encoder`
+    (what stands under the head), `new_head`, `solve` (set the head from what was summed).
+    """
+
+    backbone: Any = None
+
+    @property
+    def needs(self) -> Needs:
+        return NOTHING if self.backbone is None else needs({Need.BACKBONE})
+
+    def features(self, table: Table, run: Run | None = None) -> Tensor:
+        """Features [n, d] of rows, as the head sees them."""
+        encoder = self.model.encoder
+        assert isinstance(encoder, nn.Module)
+        return predict(encoder, table, "pooler_output", run=run)
+
+    def begin(self, task: Task, run: Run) -> None:
+        """Build the predictor for the first task, and make room for new classes."""
+        if not self.started:
+            encoder = self.encoder(task, run).eval().requires_grad_(False)
+            self.model = Predictor(encoder, self.new_head(int(encoder.width)))  # type: ignore[arg-type]
+        self.head.grow(task.classes or task.train.classes, run.generator("head"))
+
+    @property
+    def head(self) -> Any:
+        """The model's head."""
+        return self.model.head
+
+    def encoder(self, task: Task, run: Run) -> nn.Module:
+        """The encoder under the head."""
+        return frozen_encoder(self.backbone, inputs=task.train.shapes, generator=run.generator("backbone"))
+
+    def new_head(self, width: int) -> nn.Module:
+        """An empty head over `width` features."""
+        raise NotImplementedError
+
+    def solve(self, run: Run) -> None:
+        """Set the head from what was summed."""
+        raise NotImplementedError
+
+    def refresh(self, run: Run | None = None) -> None:
+        """Solve the head anew, from the traces alone."""
+        self.solve(run or Run())
+
+    def forget(self, request: Request, run: Run | None = None) -> Ids:
+        """Take the request's rows out of every trace and solve the head anew."""
+        if request.forget is None:
+            raise EngramError(f"{type(self).__name__} forgets by subtracting rows, and the forget rows are not at hand")
+        residue = self.drop(request.forget)
+        self.refresh(run)
+        return residue

@@ -1,0 +1,58 @@
+"""What a method cannot do without, checked before work starts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from enum import StrEnum
+
+from engram.errors import EngramError
+
+
+class Need(StrEnum):
+    """One thing that a method may need to have at hand. Labels are asked for per side."""
+
+    FORGET_ROWS = "forget-rows"
+    FORGET_LABELS = "forget-labels"
+    RETAIN_ROWS = "retain-rows"
+    RETAIN_LABELS = "retain-labels"
+    GENERAL_ROWS = "general-rows"  # rows that are no training data
+    STATISTICS = "statistics"  # what prepare() stored while the data were there
+    HISTORY = "history"  # updates recorded while training
+    RECIPE = "recipe"  # one more model of this kind can be trained
+    ORACLES = "oracles"  # retrained models are at hand
+    CONCEPT = "concept"
+    ANCHOR = "anchor"
+    CLASS_NAMES = "class-names"
+    BOUNDARIES = "boundaries"  # the stream says where a task ends
+    BACKBONE = "backbone"  # a pretrained encoder
+
+
+Needs = tuple[frozenset[Need], ...]  # any ONE of the sets is enough
+NOTHING: Needs = (frozenset(),)
+
+
+def needs(*alternatives: Iterable[Need]) -> Needs:
+    """Alternatives of needs: any one of them is enough."""
+    return tuple(frozenset(alternative) for alternative in alternatives)
+
+
+def satisfied(wanted: Needs, have: frozenset[Need]) -> bool:
+    """Is one of the alternatives wholly at hand?"""
+    return any(alternative <= have for alternative in wanted)
+
+
+def require(name: str, wanted: Needs, have: frozenset[Need]) -> None:
+    """EngramError that names what is lacking, and the methods of the same wing that would do without it."""
+    if satisfied(wanted, have):
+        return
+    nearest = min(wanted, key=lambda alternative: len(alternative - have))
+    lacking = ", ".join(sorted(nearest - have))
+    raise EngramError(f"{name} needs {lacking}, which the request does not hold; {_instead(name, have)}")
+
+
+def _instead(name: str, have: frozenset[Need]) -> str:
+    from engram.catalogue import possible
+
+    wing = name.split(".")[0] if "." in name else "forget"
+    able = [option.method.name for option in possible({str(need) for need in have}, wing) if option.usable]
+    return f"with what is at hand one can use {', '.join(able)}" if able else "no method of the catalogue does without"

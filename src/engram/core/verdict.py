@@ -1,0 +1,54 @@
+"""The one place where verdicts come from: equivalence with retrained models, or no verdict."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from engram.core.finding import ORACLES_NEEDED, Finding, Verdict, finite
+from engram.stats.intervals import Comparison, equivalence
+
+SENTENCES = {
+    Verdict.PASS: "No difference from retraining larger than the margin: the interval of the difference lies within it.",
+    Verdict.FAIL: "Different from retraining: the interval of the difference lies outside the margin.",
+    Verdict.UNKNOWN: "Not decided: the interval of the difference reaches across the margin, or nothing can be compared.",
+    Verdict.NONE: "A plain figure: nothing to compare it with was asked for.",
+}
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """A verdict, what it rests on, and why, in one sentence."""
+
+    verdict: Verdict
+    comparison: Comparison | None
+    sentence: str
+
+
+def judge(finding: Finding) -> Judgement:
+    """Compare a finding with the oracles' values.
+
+    pass: the 95 % interval of (value - oracles) lies within [-margin, margin]; fail: wholly outside; else unknown,
+    with the number of rows that would decide. The interval holds the sampling error of the value and the spread of the
+    oracles. Fewer than 5 oracles, or none, cannot decide anything.
+    """
+    if finding.margin is None:
+        return Judgement(Verdict.NONE, None, SENTENCES[Verdict.NONE])
+    values = tuple(value for value in finding.reference if finite(value))
+    if not finite(finding.value) or finding.interval is None:
+        return Judgement(Verdict.UNKNOWN, None, "Not decided: the value could not be measured.")
+    if len(values) < ORACLES_NEEDED:
+        why = f"Not decided: {len(values)} retrained models are at hand and {ORACLES_NEEDED} are needed."
+        return Judgement(Verdict.UNKNOWN, None, why)
+    found = equivalence(finding.value, finding.interval, finding.n, values, finding.margin)
+    low, high = found.low, found.high
+    if -finding.margin <= low and high <= finding.margin:
+        return Judgement(Verdict.PASS, found, SENTENCES[Verdict.PASS])
+    if low > finding.margin or high < -finding.margin:
+        return Judgement(Verdict.FAIL, found, SENTENCES[Verdict.FAIL])
+    return Judgement(Verdict.UNKNOWN, found, f"{SENTENCES[Verdict.UNKNOWN]} {_would_decide(found, finding.n)}")
+
+
+def _would_decide(found: Comparison, n: int) -> str:
+    if found.n_needed is None:
+        return "No number of rows would decide it at this spread of the retrained models; more of these might."
+    return f"About {found.n_needed} rows instead of {n} would decide it if the difference stayed as it is."

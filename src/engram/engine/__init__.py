@@ -1,0 +1,1 @@
+"""Where work happens: runs and their journal, training, prediction, teachers, importances, many models."""

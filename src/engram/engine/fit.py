@@ -1,0 +1,254 @@
+"""Training: one loop for every method that follows a gradient.
+
+A method hands over `step`, which turns a batch into a loss; batches, devices, precision, processes, micro-batches,
+progress and checkpoints are looked after here.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+
+from engram.data.table import Batch
+from engram.engine.losses import Mean
+from engram.engine.optimizer import Optimizer
+from engram.engine.run import Run
+from engram.errors import EngramError
+
+Update = tuple[Mean, torch.optim.Optimizer]
+Step = Callable[[Any], Mean | Generator[Update, None, None]]
+CHECKPOINT_EVERY = 20.0  # seconds
+WORTH_KEEPING = 2.0  # seconds: a training this short is done again instead
+
+
+@dataclass
+class History:
+    """The mean loss of every epoch, as the optimiser saw it."""
+
+    losses: list[float] = field(default_factory=list)
+
+
+def fit(
+    step: Step,
+    batches: Callable[[int], Iterable[Any]],
+    *,
+    model: nn.Module,
+    optimizer: Optimizer | Mapping[str, torch.optim.Optimizer],
+    epochs: int,
+    run: Run,
+    name: str = "fit",
+    steps: int | None = None,
+    state: Mapping[str, Any] | None = None,
+    after_step: Callable[[int], None] | None = None,
+    micro: int | None = None,
+) -> History:
+    """Train `model` in place.
+
+    `step(batch)` returns a `Mean`: one update. Or it yields `(Mean, optimizer)` any number of times: one update each,
+    done before the step goes on; then `optimizer` is the mapping of these optimisers by name. `batches(epoch)`: the
+    batches of an epoch, already this process's share (`run.shard`); a batch may be a tuple of batches. `steps`: how
+    many batches an epoch has, for schedules that move within it. `state`: further things with `state_dict` that the
+    training changes (averages, memories). `after_step(k)`: called after the k-th update (averaged copies, clamps,
+    closed-form layers). `micro`: at most so many rows at once; gradients are summed, and the update is the same.
+
+    The loss of given rows does not depend on the number of processes or micro-batches: sums are divided by the count
+    over all of them. Dropout and other draws come from a generator of this training's own. A training that is
+    interrupted goes on from the last checkpointed epoch of a run with a directory.
+    """
+    with run.scope(name):
+        loop = _Loop(step, model, optimizer, run, epochs, steps, dict(state or {}), after_step, micro)
+        with run.cost.clock(), run.progress(name, epochs) as advance:
+            loop.resume()
+            advance(loop.epoch)
+            while loop.epoch < epochs:
+                with run.seeded("epoch", loop.epoch):
+                    loop.run_epoch(batches(loop.epoch))
+                advance(1)
+        return loop.history
+
+
+class _Loop:
+    def __init__(
+        self,
+        step: Step,
+        model: nn.Module,
+        optimizer: Optimizer | Mapping[str, torch.optim.Optimizer],
+        run: Run,
+        epochs: int,
+        steps: int | None,
+        state: dict[str, Any],
+        after_step: Callable[[int], None] | None,
+        micro: int | None,
+    ) -> None:
+        self.step, self.model, self.run, self.after_step, self.micro = step, model, run, after_step, micro
+        self.epochs, self.steps = epochs, steps
+        model.to(run.device)
+        self.spec = optimizer if isinstance(optimizer, Optimizer) else None
+        self.optimizers = (
+            {"": optimizer.build(model.parameters())} if isinstance(optimizer, Optimizer) else dict(optimizer)
+        )
+        self.main = self.optimizers.get("")
+        self.state = {"model": model, **{f"optimizer {k}": v for k, v in self.optimizers.items()}, **state}
+        self.history = History()
+        self.epoch = 0
+        self.updates = 0
+        self.started = self.saved = time.monotonic()
+
+    def run_epoch(self, batches: Iterable[Any]) -> None:
+        total = torch.zeros((), device=self.run.device)
+        count = 0
+        for index, batch in enumerate(batches):
+            self._set_rate(index)
+            for loss in self._updates(_to(batch, self.run.device)):
+                total += loss
+                count += 1
+            self.run.cost.rows += _rows(batch)
+        self.history.losses.append(float(_summed([total])[0]) / max(count, 1))
+        self.epoch += 1
+        self._checkpoint()
+
+    def _updates(self, batch: Any) -> Iterable[Tensor]:
+        """Do the batch's updates; the loss of each, detached (this process's share of it)."""
+        with torch.autocast(self.run.device.type, torch.bfloat16, enabled=self.run.precision == "bfloat16"):
+            if self.micro is not None and _rows(batch) > self.micro:
+                yield self._micro_update(batch)
+                return
+            result = self.step(batch)
+            if isinstance(result, Mean):
+                yield self._update(result, self._main())
+                return
+            for mean, optimizer in result:
+                yield self._update(mean, optimizer)
+
+    def _update(self, mean: Mean, optimizer: torch.optim.Optimizer) -> Tensor:
+        optimizer.zero_grad(set_to_none=True)
+        loss = _globally(mean).value
+        if loss.requires_grad:
+            loss.backward()  # type: ignore[no-untyped-call]
+        self._apply(optimizer)
+        return loss.detach()
+
+    def _micro_update(self, batch: Any) -> Tensor:
+        """The gradient of every term's sum over the micro-batches, divided by the term's count at the end."""
+        params = [p for p in self.model.parameters() if p.requires_grad]
+        grads: list[list[Tensor]] = []
+        totals: list[tuple[Tensor, float]] = []
+        for piece in _cut(batch, self.micro or 1):
+            mean = self.step(piece)
+            if not isinstance(mean, Mean):
+                raise EngramError("micro-batches need a step that returns one loss; leave out micro-batches")
+            for k, (total, size) in enumerate(mean.terms):
+                found = torch.autograd.grad(total, params, retain_graph=True, allow_unused=True)
+                found = [torch.zeros_like(p) if g is None else g for p, g in zip(params, found, strict=True)]
+                if k == len(grads):
+                    grads.append(found)
+                    totals.append((total.detach(), float(size)))
+                else:
+                    torch._foreach_add_(grads[k], found)
+                    totals[k] = (totals[k][0] + total.detach(), totals[k][1] + float(size))
+        mean = _globally(Mean(tuple(totals)))
+        for k, (_, size) in enumerate(mean.terms):
+            torch._foreach_div_(grads[k], max(float(size), 1e-12))
+        for index, p in enumerate(params):
+            p.grad = torch.stack([g[index] for g in grads]).sum(0)
+        self._apply(self._main())
+        return mean.value
+
+    def _apply(self, optimizer: torch.optim.Optimizer) -> None:
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        if self.run.shard[1] > 1:
+            for p in params:
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            _summed([p.grad for p in params if p.grad is not None])
+        if self.spec is not None and self.spec.clip is not None:
+            nn.utils.clip_grad_norm_(params, self.spec.clip)
+        optimizer.step()
+        self.updates += 1
+        self.run.cost.steps += 1
+        if self.after_step is not None:
+            self.after_step(self.updates)
+
+    def _main(self) -> torch.optim.Optimizer:
+        if self.main is None:
+            raise EngramError("a step that returns one loss needs an Optimizer, not a mapping of optimisers")
+        return self.main
+
+    def _set_rate(self, index: int) -> None:
+        if self.spec is None or (self.spec.schedule == "constant" and not self.spec.warmup):
+            return
+        inner = index / self.steps if self.steps else 0.0
+        step = (self.epoch + inner) / max(self.epochs, 1)
+        for group in self._main().param_groups:
+            group["lr"] = self.spec.lr * self.spec.factor(min(step, 1.0))
+
+    def resume(self) -> None:
+        found = self.run.journal.load(self.run.path) if self.run.directory else None
+        if found is None:
+            return
+        value, _ = found
+        self.epoch, self.updates, self.history = value["epoch"], value["updates"], History(value["losses"])
+        for name, part in self.state.items():
+            part.load_state_dict(value["state"][name])
+
+    def _checkpoint(self) -> None:
+        now, last = time.monotonic(), self.epoch >= self.epochs
+        due = now - self.saved > CHECKPOINT_EVERY or (last and now - self.started > WORTH_KEEPING)
+        if self.run.directory is None or not due or self.run.shard[0] > 0:
+            return
+        state = {name: dict(part.state_dict()) for name, part in self.state.items()}
+        value = {"epoch": self.epoch, "updates": self.updates, "losses": self.history.losses, "state": state}
+        self.run.journal.store(self.run.path, value, {})
+        self.saved = now
+
+
+def _to(batch: Any, device: torch.device) -> Any:
+    if isinstance(batch, Batch):
+        return batch.to(device)
+    return tuple(_to(part, device) for part in batch) if isinstance(batch, tuple) else batch
+
+
+def _rows(batch: Any) -> int:
+    if isinstance(batch, Batch):
+        return len(batch)
+    return sum(_rows(part) for part in batch) if isinstance(batch, tuple) else 0
+
+
+def _cut(batch: Any, size: int) -> Iterable[Any]:
+    """Pieces of at most `size` rows; the parts of a tuple are cut alike."""
+    parts: Sequence[Batch] = batch if isinstance(batch, tuple) else (batch,)
+    pieces = -(-_rows(batch) // size)
+    for k in range(pieces):
+        cut = tuple(_slice(part, torch.arange(len(part)).tensor_split(pieces)[k]) for part in parts)
+        yield cut if isinstance(batch, tuple) else cut[0]
+
+
+def _slice(batch: Batch, rows: Tensor) -> Batch:
+    return Batch(
+        {name: value[rows] for name, value in batch.inputs.items()},
+        None if batch.labels is None else batch.labels[rows],
+        batch.rows[rows],
+        {name: value[rows] for name, value in batch.extra.items()},
+    )
+
+
+def _globally(mean: Mean) -> Mean:
+    """The loss with its counts taken over all processes."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return mean
+    counts = torch.stack([torch.as_tensor(count, dtype=torch.float64) for _, count in mean.terms])
+    dist.all_reduce(counts)
+    return Mean(tuple((total, count) for (total, _), count in zip(mean.terms, counts, strict=True)))
+
+
+def _summed(tensors: list[Tensor]) -> list[Tensor]:
+    """Sum tensors over the processes, in place."""
+    if dist.is_available() and dist.is_initialized():
+        for tensor in tensors:
+            dist.all_reduce(tensor)
+    return tensors

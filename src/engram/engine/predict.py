@@ -1,0 +1,115 @@
+"""What a model says about rows: looked at without changing it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from engram.data.table import Batch, Table
+from engram.engine.losses import per_row
+from engram.engine.run import Run
+from engram.errors import EngramError
+
+Reader = Callable[[Any, Batch], Tensor]
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[nn.Module]:
+    """The model in eval mode without gradients; every part's mode is put back afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield model
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def predict(
+    model: nn.Module,
+    table: Table,
+    output: str | Reader = "logits",
+    *,
+    batch_size: int = 256,
+    run: Run | None = None,
+) -> Tensor:
+    """What the model gives for every row, [n, …], in the order of the rows, on the CPU.
+
+    `output`: the name of a field of the model's output ("logits", "pooler_output", "novelty"), "loss" for the loss of
+    every row [n] by the kind of its label, or a function of (output, batch). An empty table gives an empty tensor.
+    """
+    read = output if callable(output) else _reader(output)
+    device = run.device if run is not None else _device(model)
+    found: list[Tensor] = []
+    with evaluating(model.to(device)):
+        for batch in table.batches(batch_size, shuffle=False):
+            moved = batch.to(device)
+            found.append(read(model(**moved.inputs), moved).cpu())
+    if run is not None:
+        run.cost.rows += len(table)
+    return torch.cat(found) if found else torch.zeros(0)
+
+
+def features(model: nn.Module, table: Table, *, batch_size: int = 256, run: Run | None = None) -> Tensor:
+    """The representation before the head, [n, d]: what `models.split` calls the features."""
+    from engram.models.split import split
+
+    parts = split(model)
+    device = run.device if run is not None else _device(model)
+    with evaluating(model.to(device)):
+        moved = (batch.to(device) for batch in table.batches(batch_size, shuffle=False))
+        found = [parts.features(**batch.inputs).cpu() for batch in moved]
+    if run is not None:
+        run.cost.rows += len(table)
+    return torch.cat(found) if found else torch.zeros(0, parts.width)
+
+
+def accuracy(model: nn.Module, table: Table, *, classes: tuple[int, ...] | None = None, run: Run | None = None) -> float:
+    """The share of rows whose label has the largest logit, among `classes` if given; NaN for no rows."""
+    return float(hits(model, table, classes=classes, run=run).double().mean())
+
+
+def hits(
+    model: nn.Module, table: Table, *, classes: tuple[int, ...] | None = None, run: Run | None = None
+) -> Tensor:
+    """Mask [n]: is the label's logit the largest, among `classes` if given? A retired class is never predicted."""
+    if table.labels is None:
+        raise EngramError("accuracy needs labels, and these rows have none")
+    logits = predict(model, table, run=run)
+    if not len(logits):
+        return torch.zeros(0, dtype=torch.bool)
+    return _winners(logits, classes) == table.labels
+
+
+def _winners(logits: Tensor, classes: tuple[int, ...] | None) -> Tensor:
+    """The winning class [n]; MISSING - 1, which is no label, where no class is live."""
+    if classes is not None:
+        mask = torch.ones(logits.shape[1], dtype=torch.bool)
+        mask[[c for c in classes if c < logits.shape[1]]] = False
+        logits = logits.masked_fill(mask, -torch.inf)
+    best, winners = logits.max(1)
+    return torch.where(torch.isneginf(best), -2, winners)
+
+
+def _reader(name: str) -> Reader:
+    if name == "loss":
+        return lambda output, batch: per_row(output.logits, batch.labels)
+
+    def read(output: Any, batch: Batch) -> Tensor:
+        value = getattr(output, name, None)
+        if value is None:
+            raise EngramError(f"this model's output has no {name!r}")
+        return value
+
+    return read
+
+
+def _device(model: nn.Module) -> torch.device:
+    tensor = next(model.parameters(), None)
+    tensor = next(model.buffers(), None) if tensor is None else tensor
+    return torch.device("cpu") if tensor is None else tensor.device

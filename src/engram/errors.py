@@ -1,0 +1,19 @@
+"""Errors that say what to do. The command line prints their text alone and leaves with exit code 2."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class EngramError(ValueError):
+    """Something the user can mend: the message names the thing and says what would be right."""
+
+
+def unknown(kind: str, name: object, choices: Iterable[object]) -> EngramError:
+    """The error for a name that does not exist, with the nearest one that does."""
+    names = sorted({str(choice) for choice in choices})
+    near = get_close_matches(str(name), names, n=1, cutoff=0.5)
+    shown = ", ".join(names[:12]) + (f", … ({len(names)} in all)" if len(names) > 12 else "")
+    hint = f"did you mean {near[0]!r}?" if near else f"there {'is' if len(names) == 1 else 'are'}: {shown or 'none'}."
+    return EngramError(f"unknown {kind} {str(name)!r}; {hint}")

@@ -1,0 +1,1 @@
+"""Forgetters: a model and a request in, a new model out."""

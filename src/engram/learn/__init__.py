@@ -1,0 +1,1 @@
+"""Learners that need a single task, or none at all."""

@@ -1,0 +1,1 @@
+"""Protectors: tables that are harder to learn from."""

@@ -1,0 +1,1 @@
+"""Learners that hold knowledge outside of their weights."""

@@ -1,0 +1,1 @@
+"""Statistics on tensors: no model, no files; every other floor may use it."""
