@@ -56,9 +56,7 @@ def global_random_state_stays() -> Iterator[None]:
     yield
     libraries = moved(before, random_states())
     if libraries:
-        pytest.fail(
-            f"the test moved the global random state of {', '.join(libraries)}: draw from an own generator"
-        )
+        pytest.fail(f"the test moved the global random state of {', '.join(libraries)}: draw from an own generator")
 
 
 @pytest.fixture

@@ -32,9 +32,7 @@ EXTRA = Method("forget.Amnesia", "forget", "elsewhere.amnesia", "from elsewhere"
 def unlisted(rows: Iterable[Paper], listed: Iterable[Method]) -> list[str]:
     """The classes of papers that work which are no method of the catalogue."""
     names = {row.name for row in listed}
-    return [
-        name for row in rows if row.status.startswith("works") for name in row.classes if name not in names
-    ]
+    return [name for row in rows if row.status.startswith("works") for name in row.classes if name not in names]
 
 
 @pytest.fixture
@@ -199,9 +197,7 @@ def test_a_recipe_makes_oracles_for_a_probe_but_not_for_a_forgetter() -> None:
     gap = "audit.RetrainGap"
     assert next(row for row in possible(held) if row.method.name == gap).missing == {"oracles"}
     assert next(row for row in possible([*held, "recipe"]) if row.method.name == gap).usable
-    retrain = next(
-        row for row in possible([*held, "retain-labels", "oracles"]) if row.method.name == "forget.Retrain"
-    )
+    retrain = next(row for row in possible([*held, "retain-labels", "oracles"]) if row.method.name == "forget.Retrain")
     assert retrain.missing == {"recipe"}
 
 

@@ -67,9 +67,7 @@ def test_a_sound_torchvision_and_none_at_all_are_both_fine(tmp_path: Path) -> No
 
 
 def test_a_missing_library_is_named_with_the_extra_that_brings_it(tmp_path: Path) -> None:
-    with pytest.raises(
-        EngramError, match=r"engramnothing is not installed.*pip install 'engram\[language\]'"
-    ):
+    with pytest.raises(EngramError, match=r"engramnothing is not installed.*pip install 'engram\[language\]'"):
         require("engramnothing", extra="language")
     with pytest.raises(EngramError, match=r"pip install engramnothing"):
         require("engramnothing")

@@ -201,8 +201,7 @@ PAPERS: tuple[Paper, ...] = (
         2025,
         "2503.24322",
         "learn",
-        "layers trained each by itself to denoise a noised label reach the "
-        "accuracy of backpropagation on small images",
+        "layers trained each by itself to denoise a noised label reach the accuracy of backpropagation on small images",
         ("learn.NoProp",),
     ),
     Paper(
@@ -221,8 +220,7 @@ PAPERS: tuple[Paper, ...] = (
         2022,
         "2202.05531",
         "learn",
-        "letting the share of data in use rise and fall in cycles beats both a "
-        "plain training and a one-way curriculum",
+        "letting the share of data in use rise and fall in cycles beats both a plain training and a one-way curriculum",
         ("learn.CyclicalCurriculum",),
     ),
     Paper(
@@ -240,8 +238,7 @@ PAPERS: tuple[Paper, ...] = (
         2020,
         "2009.12007",
         "learn",
-        "batches that hold no pseudo-class twice make contrastive "
-        "representations at least as good as random batches",
+        "batches that hold no pseudo-class twice make contrastive representations at least as good as random batches",
         ("learn.GSimCLR",),
     ),
     Paper(
@@ -250,8 +247,7 @@ PAPERS: tuple[Paper, ...] = (
         2020,
         "2012.11552",
         "learn",
-        "predicting a teacher's bag of visual words, its vocabulary renewed "
-        "online, learns features that transfer",
+        "predicting a teacher's bag of visual words, its vocabulary renewed online, learns features that transfer",
         ("learn.OBoW",),
     ),
     Paper(
@@ -280,8 +276,7 @@ PAPERS: tuple[Paper, ...] = (
         2023,
         "2310.14344",
         "learn",
-        "networks that are proximal operators by construction recover the "
-        "log-prior of data and make solvers converge",
+        "networks that are proximal operators by construction recover the log-prior of data and make solvers converge",
         ("learn.LearnedProximal",),
     ),
     Paper(
@@ -290,8 +285,7 @@ PAPERS: tuple[Paper, ...] = (
         2023,
         "2308.07032",
         "learn",
-        "structural similarity over random groups of pixels, added to the loss, "
-        "improves neural fields almost for free",
+        "structural similarity over random groups of pixels, added to the loss, improves neural fields almost for free",
         ("learn.S3IM", "learn.NeuralField"),
     ),
     Paper(
@@ -300,8 +294,7 @@ PAPERS: tuple[Paper, ...] = (
         2022,
         "2202.07135",
         "learn",
-        "methods that rebuild a scene from parts find its objects without "
-        "labels; one benchmark compares them",
+        "methods that rebuild a scene from parts find its objects without labels; one benchmark compares them",
         ("learn.SlotAttention", "learn.NEM", "learn.OneSlot", "audit.SceneDecomposition"),
     ),
     Paper(
@@ -310,8 +303,7 @@ PAPERS: tuple[Paper, ...] = (
         2023,
         "2303.17155",
         "learn",
-        "tuning the embedding of one token by a classifier makes a text-to-image "
-        "model draw the class more faithfully",
+        "tuning the embedding of one token by a classifier makes a text-to-image model draw the class more faithfully",
         ("learn.ClassToken",),
     ),
     Paper(
@@ -320,8 +312,7 @@ PAPERS: tuple[Paper, ...] = (
         2024,
         "2403.05523",
         "learn",
-        "domains that a language model names and an image model draws "
-        "improve generalisation to unseen domains",
+        "domains that a language model names and an image model draws improve generalisation to unseen domains",
         ("learn.DomainExtrapolation",),
     ),
     Paper(
@@ -342,8 +333,7 @@ PAPERS: tuple[Paper, ...] = (
         2023,
         "2311.05440",
         "learn",
-        "novel classes in tables can be found, and counted, when settings are "
-        "tuned on known classes that were hidden",
+        "novel classes in tables can be found, and counted, when settings are tuned on known classes that were hidden",
         ("learn.NCDKMeans", "learn.NCDSpectral", "learn.PBN"),
     ),
     Paper(
@@ -372,8 +362,7 @@ PAPERS: tuple[Paper, ...] = (
         2023,
         "2308.09297",
         "keep",
-        "knowing which classes are neighbours in feature space gives better "
-        "prototypes and less overlap of old and new",
+        "knowing which classes are neighbours in feature space gives better prototypes and less overlap of old and new",
         ("keep.NAPAVQ",),
     ),
     Paper(
@@ -391,8 +380,7 @@ PAPERS: tuple[Paper, ...] = (
         2022,
         "2210.03869",
         "keep",
-        "a jump of the loss tells that the task changed, and experts with a "
-        "selector then beat methods that are told",
+        "a jump of the loss tells that the task changed, and experts with a selector then beat methods that are told",
         ("keep.TAME",),
     ),
     Paper(
@@ -401,8 +389,7 @@ PAPERS: tuple[Paper, ...] = (
         2024,
         "2402.04129",
         "keep",
-        "one shared prompt matches pools of prompts, and virtual outliers stop "
-        "tasks from claiming each other's rows",
+        "one shared prompt matches pools of prompts, and virtual outliers stop tasks from claiming each other's rows",
         ("keep.OnePrompt", "keep.VirtualOutliers"),
     ),
     Paper(
@@ -411,8 +398,7 @@ PAPERS: tuple[Paper, ...] = (
         2022,
         "2210.04428",
         "keep",
-        "the nearest class mean of frozen pretrained features competes with "
-        "elaborate continual learning methods",
+        "the nearest class mean of frozen pretrained features competes with elaborate continual learning methods",
         ("keep.NMC",),
     ),
     Paper(
@@ -421,8 +407,7 @@ PAPERS: tuple[Paper, ...] = (
         2022,
         "2209.07712",
         "keep",
-        "a recurrent hypernetwork, which lets layers depend on each other, "
-        "generates better weights for every task",
+        "a recurrent hypernetwork, which lets layers depend on each other, generates better weights for every task",
         ("keep.DependencyPreservingHypernetwork", "keep.ChunkedHypernetwork"),
     ),
     Paper(
@@ -443,8 +428,7 @@ PAPERS: tuple[Paper, ...] = (
         2024,
         "2403.16124",
         "keep",
-        "frozen embeddings of class names, in place of a random classifier, "
-        "reduce forgetting in existing methods",
+        "frozen embeddings of class names, in place of a random classifier, reduce forgetting in existing methods",
         ("keep.LingoCL",),
     ),
     Paper(
@@ -453,8 +437,7 @@ PAPERS: tuple[Paper, ...] = (
         2019,
         "1910.02718",
         "keep",
-        "experts, importances, sparsity and chosen samples each lessen "
-        "forgetting, up to streams without task borders",
+        "experts, importances, sparsity and chosen samples each lessen forgetting, up to streams without task borders",
         (
             "keep.ExpertGate",
             "keep.EncoderBasedLwF",
@@ -491,8 +474,7 @@ PAPERS: tuple[Paper, ...] = (
         2021,
         "2104.09034",
         "keep",
-        "fast and slow weights, consolidated in two steps, keep old tasks and "
-        "get better at learning from few examples",
+        "fast and slow weights, consolidated in two steps, keep old tasks and get better at learning from few examples",
         ("keep.FastSlow",),
     ),
     Paper(
@@ -511,8 +493,7 @@ PAPERS: tuple[Paper, ...] = (
         2025,
         "2505.12239",
         "keep",
-        "with a least-squares head, learning and forgetting are closed-form "
-        "updates, and the forgetting is exact",
+        "with a least-squares head, learning and forgetting are closed-form updates, and the forgetting is exact",
         ("keep.ACU",),
     ),
     Paper(
@@ -531,8 +512,7 @@ PAPERS: tuple[Paper, ...] = (
         2022,
         "2211.11747",
         "keep",
-        "on a long chronological stream, learners should be judged by "
-        "accuracy against all the compute they spend",
+        "on a long chronological stream, learners should be judged by accuracy against all the compute they spend",
         ("keep.Independent", "keep.Previous", "keep.Dynamic"),
     ),
     Paper(
@@ -550,8 +530,7 @@ PAPERS: tuple[Paper, ...] = (
         2024,
         "2410.23232",
         "forget",
-        "predicting a retrained model's outputs by data attribution, then "
-        "matching them, comes close to retraining",
+        "predicting a retrained model's outputs by data attribution, then matching them, comes close to retraining",
         ("forget.DatamodelMatching", "forget.OracleMatching", "forget.DatamodelDirect"),
     ),
     Paper(
@@ -560,8 +539,7 @@ PAPERS: tuple[Paper, ...] = (
         2023,
         "2308.07707",
         "forget",
-        "shrinking the weights that matter far more to the forget set than to "
-        "all data forgets without retraining",
+        "shrinking the weights that matter far more to the forget set than to all data forgets without retraining",
         ("forget.SSD",),
     ),
     Paper(
@@ -570,8 +548,7 @@ PAPERS: tuple[Paper, ...] = (
         2022,
         "2210.08196",
         "forget",
-        "regressors forget by imitating a network that saw only retained "
-        "rows, or by fine-tuning on drawn targets",
+        "regressors forget by imitating a network that saw only retained rows, or by fine-tuning on drawn targets",
         ("forget.Blindspot", "forget.GaussianFineTune"),
     ),
     Paper(
@@ -580,8 +557,7 @@ PAPERS: tuple[Paper, ...] = (
         2024,
         "2404.05868",
         "forget",
-        "treating forget texts as dispreferred answers unlearns while "
-        "collapsing far slower than gradient ascent",
+        "treating forget texts as dispreferred answers unlearns while collapsing far slower than gradient ascent",
         (
             "forget.NPO",
             "forget.GradientAscent",
@@ -598,8 +574,7 @@ PAPERS: tuple[Paper, ...] = (
         2023,
         "2310.02238",
         "forget",
-        "fine-tuning on generic alternative labels makes a language model "
-        "lose a book and keep its general skills",
+        "fine-tuning on generic alternative labels makes a language model lose a book and keep its general skills",
         ("forget.WhosHarryPotter",),
     ),
     Paper(
@@ -608,8 +583,7 @@ PAPERS: tuple[Paper, ...] = (
         2024,
         "2406.07933",
         "forget",
-        "corrupting the embeddings of prompts that a classifier flags acts "
-        "like unlearning, with few side effects",
+        "corrupting the embeddings of prompts that a classifier flags acts like unlearning, with few side effects",
         ("forget.ECO",),
     ),
     Paper(
@@ -618,14 +592,12 @@ PAPERS: tuple[Paper, ...] = (
         2024,
         "2405.15234",
         "forget",
-        "adversarial training of the text encoder makes concept erasure "
-        "withstand attacks and keeps image quality",
+        "adversarial training of the text encoder makes concept erasure withstand attacks and keeps image quality",
         ("forget.AdvUnlearn", "forget.ESD", "audit.UnlearnDiffAttack"),
     ),
     Paper(
         "doco",
-        "Unlearning Concepts in Diffusion Model via Concept Domain "
-        "Correction and Concept Preserving Gradient",
+        "Unlearning Concepts in Diffusion Model via Concept Domain Correction and Concept Preserving Gradient",
         2024,
         "2405.15304",
         "forget",
@@ -639,8 +611,7 @@ PAPERS: tuple[Paper, ...] = (
         2023,
         "2312.12807",
         "forget",
-        "changing only the guidance term of a concept, the unconditional score "
-        "held, erases it and keeps the layout",
+        "changing only the guidance term of a concept, the unconditional score held, erases it and keeps the layout",
         ("forget.AllButOne",),
     ),
     Paper(
@@ -649,8 +620,7 @@ PAPERS: tuple[Paper, ...] = (
         2025,
         "2503.06991",
         "audit",
-        "methods that look good by accuracy keep the forgotten classes in "
-        "their representations, or ruin them",
+        "methods that look good by accuracy keep the forgotten classes in their representations, or ruin them",
         ("audit.Representation",),
     ),
     Paper(
@@ -659,8 +629,7 @@ PAPERS: tuple[Paper, ...] = (
         2024,
         "2406.11614",
         "audit",
-        "unlearning leaves the parameter vectors that carry a concept nearly "
-        "untouched; ablating them removes it",
+        "unlearning leaves the parameter vectors that carry a concept nearly untouched; ablating them removes it",
         ("audit.ConceptVectors", "forget.Needle"),
     ),
     Paper(
@@ -669,8 +638,7 @@ PAPERS: tuple[Paper, ...] = (
         2024,
         "2411.00204",
         "audit",
-        "many unlearning methods forget planted falsehoods without "
-        "recovering what the model knew before them",
+        "many unlearning methods forget planted falsehoods without recovering what the model knew before them",
         ("audit.Restor",),
     ),
     Paper(
@@ -679,14 +647,12 @@ PAPERS: tuple[Paper, ...] = (
         2024,
         "2407.00106",
         "audit",
-        "knowledge that was unlearnt, even exactly, can be put back by the "
-        "prompt, so filters are needed as well",
+        "knowledge that was unlearnt, even exactly, can be put back by the prompt, so filters are needed as well",
         ("audit.InContextReintroduction",),
     ),
     Paper(
         "grok-or-not",
-        "To grok or not to grok: Disentangling generalization and "
-        "memorization on corrupted algorithmic datasets",
+        "To grok or not to grok: Disentangling generalization and memorization on corrupted algorithmic datasets",
         2023,
         "2310.13061",
         "audit",
@@ -709,8 +675,7 @@ PAPERS: tuple[Paper, ...] = (
         2025,
         "2511.08191",
         "protect",
-        "bounded noise that raises the Bayes error makes data hard to learn "
-        "from, also when mixed with clean data",
+        "bounded noise that raises the Bayes error makes data hard to learn from, also when mixed with clean data",
         ("protect.BayesErrorNoise",),
     ),
     Paper(
@@ -719,8 +684,7 @@ PAPERS: tuple[Paper, ...] = (
         2024,
         "2405.17428",
         "recall",
-        "latent attention, no causal mask and contrastive tuning in two stages "
-        "turn a language model into an embedder",
+        "latent attention, no causal mask and contrastive tuning in two stages turn a language model into an embedder",
         ("recall.NVEmbed",),
     ),
     Paper(
@@ -729,8 +693,7 @@ PAPERS: tuple[Paper, ...] = (
         2023,
         "2309.04979",
         "recall",
-        "passages retrieved from a corpus, fused by several views, help to "
-        "classify text from very few examples",
+        "passages retrieved from a corpus, fused by several views, help to classify text from very few examples",
         ("recall.RAML",),
     ),
     Paper(
@@ -739,8 +702,7 @@ PAPERS: tuple[Paper, ...] = (
         2022,
         "2204.11824",
         "recall",
-        "a small generator that paints from retrieved neighbours changes "
-        "domain when its image memory is exchanged",
+        "a small generator that paints from retrieved neighbours changes domain when its image memory is exchanged",
         ("recall.RetrievalDiffusion", "recall.RetrievalAutoregressive"),
     ),
     Paper(
@@ -749,8 +711,7 @@ PAPERS: tuple[Paper, ...] = (
         2023,
         "2310.03016",
         "recall",
-        "transformers learn simple Boolean functions in context almost "
-        "optimally, and sooner from a teaching sequence",
+        "transformers learn simple Boolean functions in context almost optimally, and sooner from a teaching sequence",
         ("recall.InContextLearner",),
     ),
 )

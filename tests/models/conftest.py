@@ -48,7 +48,5 @@ def tiny_vit(make: Callable[..., Any]) -> nn.Module:
 def tiny_gpt(make: Callable[..., Any]) -> nn.Module:
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    config = GPT2Config(
-        vocab_size=20, n_positions=16, n_embd=16, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0
-    )
+    config = GPT2Config(vocab_size=20, n_positions=16, n_embd=16, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0)
     return make(GPT2LMHeadModel, config).eval()

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from typing import Any
 
-MARGINS = {"accuracy": 0.02, "AUC": 0.05, "CKA": 0.05}
+MARGINS = {"accuracy": 0.02, "AUC": 0.05, "CKA": 0.05, "distance": 0.05}
 ORACLES_NEEDED = 5
 
 

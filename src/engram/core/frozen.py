@@ -1,4 +1,4 @@
-"""The template of learners on a frozen encoder: what they keep are sums over rows, and rows can be taken out of sums."""
+"""The template of learners on a frozen encoder, which keep sums over rows: rows can be taken out of sums."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from engram.core.learner import Learner
 from engram.core.needs import NOTHING, Need, Needs, needs
 from engram.core.request import Request
 from engram.core.trace import State
-from engram.data.table import Ids, Table
+from engram.data.table import MISSING, Ids, Table, Target
 from engram.data.task import Task
 from engram.engine.predict import predict
 from engram.engine.run import Run
@@ -31,20 +32,24 @@ class Sums(Protocol):
 
 
 class SummedRows:
-    """A trace: sums over the features of rows, and the ids of the rows that are in them.
+    """A trace: sums over the features of rows, and the label of every row that is in them.
 
-    `encode(table)` gives what is summed: (features [n, d], labels). Rows leave exactly, up to rounding, if they come
-    with the contents and labels that they had when they went in.
+    `encode(table)` gives what is summed: (features [n, d], labels or targets). Rows leave exactly, up to
+    rounding, if they come with the contents that they had when they went in; their labels are remembered, so
+    none need come. `removal`: further arguments of the sums' `remove`.
     """
 
-    def __init__(self, make: Callable[[int], Sums], encode: Callable[[Table], tuple[Tensor, Tensor]]) -> None:
-        self.make, self.encode = make, encode
+    def __init__(
+        self, make: Callable[[int], Sums], encode: Callable[[Table], tuple[Tensor, Tensor]], **removal: Any
+    ) -> None:
+        self.make, self.encode, self.removal = make, encode, removal
         self.sums: Any = None
         self.width = 0
-        self.ids: set[str] = set()
+        self.labels: dict[str, int] = {}
 
     def add(self, table: Table) -> None:
-        """Take rows in; EngramError for an id that is in already."""
+        """Take rows in; EngramError for a row without a label, and for an id that is in already."""
+        labels = _labels(table)
         twice = self.holds(table.ids)
         if twice:
             raise EngramError(f"the record {twice[0]!r} was learnt before; forget it first to learn it anew")
@@ -53,40 +58,51 @@ class SummedRows:
             self.width = x.shape[1]
             self.sums = self.make(self.width)
         self.sums.add(x, y)
-        self.ids.update(table.ids)
+        self.labels.update(labels)
 
     def holds(self, ids: Iterable[str]) -> Ids:
-        return tuple(id for id in ids if id in self.ids)
+        return tuple(id for id in ids if id in self.labels)
 
     def drop(self, rows: Table) -> Ids:
-        """Take rows out; what was never learnt is left alone. No residue, unless labels are missing."""
+        """Take rows out; what was never learnt is left alone. No residue."""
         held = rows.select(self.holds(rows.ids))
-        if not len(held):
-            return ()
-        if held.labels is None:
-            return held.ids
-        self.sums.remove(*self.encode(held))
-        self.ids.difference_update(held.ids)
+        if len(held):
+            learnt = held.with_labels(torch.tensor([self.labels[id] for id in held.ids]))
+            self.sums.remove(*self.encode(learnt), **self.removal)
+            for id in held.ids:
+                del self.labels[id]
         return ()
 
     def state_dict(self) -> State:
         sums = None if self.sums is None else dict(self.sums.state_dict())
-        return {"ids": sorted(self.ids), "width": self.width, "sums": sums}
+        ids = sorted(self.labels)
+        return {"ids": ids, "labels": [self.labels[id] for id in ids], "width": self.width, "sums": sums}
 
     def load_state_dict(self, state: State) -> None:
-        self.ids = set(state["ids"])
+        self.labels = dict(zip(state["ids"], state["labels"], strict=True))
         self.width, self.sums = state["width"], None
         if state["sums"] is not None:
             self.sums = self.make(self.width)
             self.sums.load_state_dict(state["sums"])
 
 
+def _labels(table: Table) -> dict[str, int]:
+    """The class of every row, by id."""
+    if table.target != Target.CLASSES or table.labels is None:
+        raise EngramError(f"a frozen learner wants rows with class labels, and the target of these is {table.target}")
+    labels = dict(zip(table.ids, table.labels.tolist(), strict=True))
+    missing = [id for id, label in labels.items() if label == MISSING]
+    if missing:
+        raise EngramError(f"the record {missing[0]!r} has no label; a frozen learner learns from labelled rows only")
+    return labels
+
+
 @dataclass(kw_only=True, eq=False)
 class FrozenLearner(Learner):
     """A head over a frozen encoder.
 
-    `backbone`: a module, a model directory or a name; None takes the rows themselves as features. Hooks: `encoder`
-    (what stands under the head), `new_head`, `solve` (set the head from what was summed).
+    `backbone`: a module, a model directory or a name; None takes the rows themselves as features. Hooks:
+    `encoder` (what stands under the head), `new_head`, `solve` (set the head from what was summed).
     """
 
     backbone: Any = None
@@ -102,7 +118,8 @@ class FrozenLearner(Learner):
         return predict(encoder, table, "pooler_output", run=run)
 
     def begin(self, task: Task, run: Run) -> None:
-        """Build the predictor for the first task, and make room for new classes."""
+        """Build the predictor for the first task, make room for new classes; EngramError without labels."""
+        _labels(task.train)
         if not self.started:
             encoder = self.encoder(task, run).eval().requires_grad_(False)
             self.model = Predictor(encoder, self.new_head(int(encoder.width)))  # type: ignore[arg-type]
@@ -125,14 +142,36 @@ class FrozenLearner(Learner):
         """Set the head from what was summed."""
         raise NotImplementedError
 
+    def put(self, classes: Tensor, *rows: Tensor) -> None:
+        """Set the head's rows of these classes, and retire every other class."""
+        self.retire_all_but(classes)
+        self.head.set(classes, *rows)
+
+    def retire_all_but(self, classes: Tensor) -> None:
+        """Take every class out of the head that is not among these."""
+        born = self.head.classes
+        self.head.retire(born[~torch.isin(born, classes.to(born))])
+
     def refresh(self, run: Run | None = None) -> None:
         """Solve the head anew, from the traces alone."""
-        self.solve(run or Run())
+        if self.started:
+            self.solve(run or Run())
 
     def forget(self, request: Request, run: Run | None = None) -> Ids:
-        """Take the request's rows out of every trace and solve the head anew."""
+        """Take the request's rows out of every trace and solve the head anew; the residue.
+
+        EngramError, and nothing changed, if the forget rows are not at hand or one of them was never learnt.
+        """
         if request.forget is None:
             raise EngramError(f"{type(self).__name__} forgets by subtracting rows, and the forget rows are not at hand")
+        stranger = set(request.forget.ids) - set(self.holds(request.forget.ids))
+        if stranger:
+            raise EngramError(f"the record {min(stranger)!r} was never learnt, or is forgotten already; leave it out")
         residue = self.drop(request.forget)
         self.refresh(run)
-        return residue
+        return tuple(dict.fromkeys((*residue, *self.holds(request.ids))))
+
+    def load_state_dict(self, state: State) -> None:
+        super().load_state_dict(state)
+        if self.started:
+            self.model.encoder.requires_grad_(False)

@@ -3,30 +3,34 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 
 from engram.core.learner import Learner
 from engram.core.trace import Seen
 from engram.data.table import Batch, Target
 from engram.data.task import Task
-from engram.engine.fit import fit
+from engram.engine.fit import Update, fit
 from engram.engine.losses import Mean, by_target
 from engram.engine.optimizer import Optimizer
 from engram.engine.run import Run
 from engram.models.build import build
+from engram.models.head import Head
 
 
 @dataclass(kw_only=True, eq=False)
 class GradientLearner(Learner):
     """Fine-tuning on each task, if nothing is overridden; a method states its difference in one of the hooks.
 
-    `network`: a name, {"name": …}, a model directory or a module; see `models.build`. Hooks in the order in which
-    they run: `start` (the head has grown; take a teacher here, from the model as it is now), `batches`, `terms` (the
-    loss of a batch), `after_step`, `end` (means, importances, buffers).
+    `network`: a name, {"name": …}, a model directory or a module; see `models.build`. Hooks in the order in
+    which they run: `start` (the head has grown; take a teacher here, from the model as it is now), `batches`,
+    `terms` (the loss of a batch), `after_step`, `end` (means, importances, buffers). A method of several
+    updates a batch overrides `step`, and says in `optimizers` and `changing` what it trains with. `known`:
+    the classes that the model could already tell when this task came, ascending.
     """
 
     network: Any = "MLP"
@@ -37,6 +41,7 @@ class GradientLearner(Learner):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.seen: Seen = self.trace("seen", Seen())
+        self.known: tuple[int, ...] = ()
 
     def learn(self, task: Task, run: Run | None = None) -> None:
         """Train on the task's rows. Cost: epochs times rows, forward and backward."""
@@ -48,9 +53,10 @@ class GradientLearner(Learner):
                 lambda batch: self.step(batch, task),
                 lambda epoch: self.batches(task, epoch, run),
                 model=self.model.train(),
-                optimizer=self.optimizer,
+                optimizer=self.optimizers(),
                 epochs=self.epochs,
                 run=run,
+                state=self.changing(),
                 steps=-(-len(task.train) // self.batch_size),
                 after_step=self.after_step,
             )
@@ -61,11 +67,19 @@ class GradientLearner(Learner):
     def start(self, task: Task, run: Run) -> None:
         """Before training."""
 
+    def optimizers(self) -> Optimizer | Mapping[str, torch.optim.Optimizer]:
+        """What trains the model: a plan, or the optimisers that `step` yields, by name."""
+        return self.optimizer
+
+    def changing(self) -> Mapping[str, Any]:
+        """What training changes besides the model and the optimisers, by name, so that it can be resumed."""
+        return {}
+
     def batches(self, task: Task, epoch: int, run: Run) -> Iterable[Any]:
         """The batches of an epoch, this process's share of each."""
         return task.train.batches(self.batch_size, seed=run.number("order"), epoch=epoch, shard=run.shard)
 
-    def step(self, batch: Any, task: Task) -> Mean | Iterator[Any]:
+    def step(self, batch: Any, task: Task) -> Mean | Generator[Update, None, None]:
         """The loss of a batch; to be overridden only by methods that need more than one update per batch."""
         return self.terms(batch, self.model(**batch.inputs))
 
@@ -82,6 +96,7 @@ class GradientLearner(Learner):
 
     def _prepare(self, task: Task, run: Run) -> None:
         """Build the model for the first task; let the head grow for new classes."""
+        self.known = _live(self.model) if self.started else ()
         if not self.started:
             self.model = self.first_model(task, run)
         head = getattr(self.model, "head", None)
@@ -95,3 +110,9 @@ class GradientLearner(Learner):
         network = copy.deepcopy(self.network) if isinstance(self.network, nn.Module) else self.network
         classes = task.classes or table.classes
         return build(network, inputs=table.shapes, classes=classes, outputs=outputs, generator=run.generator("weights"))
+
+
+def _live(model: nn.Module) -> tuple[int, ...]:
+    """The classes that a model's head can tell; none for a model without a class head."""
+    head = getattr(model, "head", None)
+    return tuple(head.live.nonzero()[:, 0].tolist()) if isinstance(head, Head) else ()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -15,12 +15,17 @@ from engram.core.learner import Learner
 from engram.core.recipe import Trainer
 from engram.core.request import Request
 from engram.core.settings import describe
-from engram.data.table import Table
+from engram.data.table import MISSING, Table, Target
 from engram.engine.run import Run
 from engram.errors import EngramError
-from engram.stats.seeds import derive
+from engram.stats.seeds import derive, generator
 
-ROLES = ("original", "oracle", "unlearned", "shadow")
+ROLES = {
+    "original": ("retain", "forget"),
+    "oracle": ("retain",),
+    "unlearned": ("retain", "forget"),
+    "shadow": ("retain", "forget"),
+}  # role -> the tables that its models are trained on
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,7 @@ class Subject:
 
     def has(self) -> frozenset[str]:
         """The names of the parts that are there; rows by their own names."""
+        rows = {name for name, table in self.rows.items() if len(table)}
         parts = {
             "model": self.model,
             "before": self.before,
@@ -60,23 +66,24 @@ class Subject:
             "recipe": self.recipe,
             "forgetter": self.forgetter,
             "learner": self.learner,
-            "oracles": self.oracles or self.recipe,
+            "oracles": self.oracles or (self.recipe if "retain" in rows else None),
         }
         named = {name for name, part in parts.items() if part is not None}
-        rows = {name for name, table in self.rows.items() if len(table)}
         return frozenset(named | rows | {name.split("/")[0] for name in rows})
 
     def models(self, role: str, n: int, run: Run) -> list[Trained]:
         """`n` models in a role, trained once per run and shared by all probes.
 
-        original: trained on forget and retain rows. oracle: without the forget rows (those at hand come first).
-        unlearned: originals after the forgetter. shadow: on a random half of all rows each.
+        original: trained on retain and forget rows. oracle: without the forget rows (those at hand come first; their
+        rows are empty where the retain rows are not at hand). unlearned: the originals after the forgetter. shadow: on
+        a random half of all rows each, every second one on the other half of the one before.
         """
         if role not in ROLES:
             raise EngramError(f"unknown role {role!r}; there are {', '.join(ROLES)}")
         made: list[Trained] = []
         if role == "oracle":
-            made = [Trained(model, self.rows["retain"], -1 - k) for k, model in enumerate(self.oracles[:n])]
+            rows = self.rows.get("retain", Table({}))
+            made = [Trained(model, rows, -1 - k) for k, model in enumerate(self.oracles[:n])]
         with run.progress(f"train {n} {role} models", n - len(made)) as advance:
             for k in range(len(made), n):
                 made.append(self._model(role, k, run))
@@ -84,35 +91,41 @@ class Subject:
         return made
 
     def _model(self, role: str, k: int, run: Run) -> Trained:
-        table, seed = self._rows_for(role, k), derive(run.seed, role if role != "unlearned" else "original", k)
+        table = self._rows_for(role, k, run)
+        seed = derive(run.seed, "original" if role == "unlearned" else role, k)
         make = self._unlearned if role == "unlearned" else self._train
-        identity = derive(self._identity(role), *table.ids)
-        model = run.share(f"{role} {k} of {identity:016x}", lambda: make(table, seed, run))
-        return Trained(model, table, seed)
+        name = f"{role} {k} of {derive(seed, *self._identity(role)):016x}"
+        return Trained(run.share(name, lambda: make(table, seed, k, run)), table, seed)
 
-    def _identity(self, role: str) -> str:
-        """What models of a role depend on besides their rows and seed."""
-        method = self.forgetter if role == "unlearned" else None
-        return f"{self.recipe!r} {method and describe(method)} {role == 'unlearned' and self.request and self.request.ids}"
+    def _identity(self, role: str) -> list[object]:
+        """What models of a role depend on besides their seed."""
+        parts: list[object] = [repr(self.recipe), *(self._table(name).digest for name in ROLES[role])]
+        if role == "unlearned" and self.forgetter is not None and self.request is not None:
+            parts += [describe(self.forgetter), self.request.what, self.request.ids]
+        return parts
 
-    def _rows_for(self, role: str, k: int) -> Table:
-        if role == "oracle":
-            return self.rows["retain"]
-        everything = self.rows["retain"].concat(self.rows["forget"])
+    def _rows_for(self, role: str, k: int, run: Run) -> Table:
+        first, *others = [self._table(name) for name in ROLES[role]]
+        table = first.concat(*others) if others else first
         if role != "shadow":
-            return everything
-        draws = torch.Generator().manual_seed(derive("shadow", k))
-        return everything.take(torch.randperm(len(everything), generator=draws)[: len(everything) // 2])
+            return table
+        order = torch.randperm(len(table), generator=generator(run.seed, "halves", k // 2))
+        return table.take(order.tensor_split(2)[k % 2])
 
-    def _train(self, table: Table, seed: int, run: Run) -> nn.Module:
+    def _table(self, name: str) -> Table:
+        if name not in self.has():
+            raise EngramError(f"more models cannot be trained: the subject holds no {name} rows")
+        return self.rows[name]
+
+    def _train(self, table: Table, seed: int, k: int, run: Run) -> nn.Module:
         if self.recipe is None:
             raise EngramError("one more model cannot be trained: the subject holds no recipe")
         return self.recipe(table, seed, run)
 
-    def _unlearned(self, table: Table, seed: int, run: Run) -> nn.Module:
+    def _unlearned(self, table: Table, seed: int, k: int, run: Run) -> nn.Module:
         if self.forgetter is None or self.request is None:
             raise EngramError("unlearned models need a forgetter and a request in the subject")
-        original = self._train(table, seed, run)
+        original = self._model("original", k, run).model
         return self.forgetter.forget(original, self.request, run.with_seed(seed))
 
 
@@ -134,7 +147,45 @@ class Probe:
         raise NotImplementedError
 
 
-Measure = Callable[[nn.Module], tuple[float, tuple[float, float]]]
+Measured = tuple[float, tuple[float, float]]  # a value and its sampling interval
+Measure = Callable[[nn.Module], Measured]
+
+
+def oracles_of(subject: Subject, n: int, run: Run) -> list[nn.Module]:
+    """Up to `n` retrained models, as many as can be had: none without oracles and without a recipe."""
+    can_train = subject.recipe is not None and "retain" in subject.has()
+    return [made.model for made in subject.models("oracle", n if can_train else min(n, len(subject.oracles)), run)]
+
+
+def compared(
+    name: str, measure: Measure, model: nn.Module, oracles: Sequence[nn.Module], *, n: int, margin: float, **more: Any
+) -> Finding:
+    """The finding of one measure on a model, beside the same measure on every oracle.
+
+    Without oracles the finding has no reference, and its verdict is unknown.
+    """
+    value, interval = measure(model)
+    return Finding(name, value, n, interval, reference=tuple(measure(o)[0] for o in oracles), margin=margin, **more)
+
+
+def compared_pairwise(
+    name: str,
+    measure: Callable[[nn.Module, Sequence[nn.Module]], Measured],
+    model: nn.Module,
+    oracles: Sequence[nn.Module],
+    *,
+    n: int,
+    margin: float,
+    **more: Any,
+) -> Finding:
+    """The finding of how a model stands to the oracles, beside how every oracle stands to the other ones.
+
+    `measure(model, others)`: how near or far, for distances, gaps and similarities. At least one oracle.
+    """
+    value, interval = measure(model, oracles)
+    rest = [[*oracles[:k], *oracles[k + 1 :]] for k in range(len(oracles))]
+    reference = tuple(measure(o, others)[0] for o, others in zip(oracles, rest, strict=True) if others)
+    return Finding(name, value, n, interval, reference=reference, margin=margin, **more)
 
 
 def against_oracles(
@@ -148,12 +199,16 @@ def against_oracles(
     margin: float,
     **more: Any,
 ) -> Finding:
-    """The finding of one measure on the subject's model, beside the same measure on every oracle.
+    """`compared` for the subject's model and as many oracles of it as can be had."""
+    found = oracles_of(subject, oracles, run)
+    return compared(name, measure, subject.model, found, n=n, margin=margin, **more)
 
-    `measure(model)` gives a value and its sampling interval. Without oracles and without a recipe the finding has no
-    reference, and its verdict is unknown.
-    """
-    value, interval = measure(subject.model)
-    found = subject.models("oracle", oracles, run) if "oracles" in subject.has() else []
-    reference = tuple(measure(trained.model)[0] for trained in found)
-    return Finding(name, value, n, interval, reference=reference, margin=margin, **more)
+
+def labelled(table: Table) -> Table:
+    """The rows that have a label: a class, or numbers without NaN. Token rows stay; unlabelled tables become empty."""
+    if table.labels is None:
+        return table.take([])
+    if table.target == Target.TOKENS:
+        return table
+    known = ~table.labels.isnan().any(1) if table.target == Target.NUMBERS else table.labels != MISSING
+    return table if bool(known.all()) else table.take(known)

@@ -10,7 +10,7 @@ import torch
 from engram.data.table import Table, Target
 from engram.data.task import Task
 from engram.errors import EngramError, unknown
-from engram.stats.continual import class_order, split_sizes
+from engram.stats.continual import Convention, class_order, split_sizes
 from engram.stats.seeds import generator
 
 SCENARIOS = ("class", "task", "domain", "single")
@@ -31,14 +31,15 @@ def class_stream(
     base: int,
     increment: int,
     tasks: int | None = None,
-    order: str = "natural",
+    order: Convention = "natural",
     seed: int = 0,
 ) -> list[Stage]:
-    """Tasks of new classes: `base` classes first, then `increment` at a time; `tasks` counts all of them, the base too.
+    """Tasks of new classes: `base` classes first, then `increment` at a time; `tasks` counts all of them, the
+    base too.
 
-    `order`: a published convention, see `stats.continual.class_order`. Class ids stay what they are in the table; the
-    order says only when a class arrives. EngramError if the classes do not suffice for so many tasks, or if a task
-    would have no test rows.
+    `order`: a published convention, see `stats.continual.class_order`. Class ids stay what they are in the
+    table; the order says only when a class arrives. EngramError if the classes do not suffice for so many
+    tasks, or if a task would have no test rows.
     """
     classes = _classes(train)
     arranged = [classes[i] for i in class_order(len(classes), order, seed)]
@@ -52,12 +53,15 @@ def class_stream(
 
 
 def domain_stream(train: Table, test: Table, column: str) -> list[Stage]:
-    """One task for each value of a column, in order of its first appearance; the classes are the same in all."""
-    values = _distinct(train, column)
-    names = [f"{column} == {value!r}" for value in values]
+    """One task for each value of an extra column, in order of its first appearance; the classes are the same
+    in all.
+
+    EngramError for a column that a table does not have, and a value that no test row has.
+    """
+    here, there = _values(train, column), _values(test, column)
     return [
-        _stage(train.where(name), test.where(name), index, train.classes if index == 0 else ())
-        for index, name in enumerate(names)
+        _stage(_equal(train, here, value), _equal(test, there, value), index, train.classes if index == 0 else ())
+        for index, value in enumerate(dict.fromkeys(here))
     ]
 
 
@@ -67,7 +71,8 @@ def single(train: Table, test: Table) -> list[Stage]:
 
 
 def online(stages: Sequence[Stage], batch: int, seed: int = 0) -> Iterator[Task]:
-    """The same rows cut anew: one pass over each task in random order, `batch` rows at a time, without boundaries.
+    """The same rows cut anew: one pass over each task in random order, `batch` rows at a time, without
+    boundaries.
 
     Task numbers and announced classes are withheld (index counts pieces, `classes` are those of the piece).
     """
@@ -81,7 +86,8 @@ def online(stages: Sequence[Stage], batch: int, seed: int = 0) -> Iterator[Task]
 
 
 def stream(train: Table, test: Table, scenario: str = "class", **settings: object) -> list[Stage]:
-    """A stream by the name of its scenario: class, task (the same stages; probes may use the task's classes), domain
+    """A stream by the name of its scenario: class, task (the same stages; probes may use the task's classes),
+    domain
     (`column`), single."""
     if scenario not in SCENARIOS:
         raise unknown("scenario", scenario, SCENARIOS)
@@ -92,7 +98,9 @@ def stream(train: Table, test: Table, scenario: str = "class", **settings: objec
 
 def _stage(train: Table, test: Table, index: int, classes: tuple[int, ...]) -> Stage:
     if not len(test):
-        raise EngramError(f"task {index} (classes {list(train.classes)}) has no test rows; give test rows of its classes")
+        raise EngramError(
+            f"task {index} (classes {list(train.classes)}) has no test rows; give test rows of its classes"
+        )
     return Stage(Task(train, None, index, classes, train.names), test)
 
 
@@ -102,8 +110,12 @@ def _classes(train: Table) -> tuple[int, ...]:
     return train.classes
 
 
-def _distinct(table: Table, column: str) -> list[object]:
+def _values(table: Table, column: str) -> list[object]:
     if column not in table.extra:
         raise unknown("column", column, table.extra)
     values = table.extra[column]
-    return list(dict.fromkeys(values.tolist() if isinstance(values, torch.Tensor) else values))
+    return values.tolist() if isinstance(values, torch.Tensor) else list(values)
+
+
+def _equal(table: Table, values: list[object], value: object) -> Table:
+    return table.take([entry == value for entry in values])

@@ -12,8 +12,8 @@ from engram.data.table import Table
 class Task:
     """Training rows that arrive together. It carries no test rows, so none can leak.
 
-    `index`: 0 is the base task. `classes`: the class ids that are new; empty for regression, text and unlabelled
-    rows. `names`: class names, for the learners that use them.
+    `index`: 0 is the base task. `classes`: the class ids that are new; empty for regression, text and
+    unlabelled rows. `names`: class names, for the learners that use them.
     """
 
     train: Table

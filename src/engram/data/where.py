@@ -28,26 +28,31 @@ def matches(table: Table, expression: str) -> Tensor:
     """Mask [n] of the rows for which the comparison holds; EngramError for anything but one comparison."""
     name, compare, value = _parse(expression)
     column = _column(table, name)
-    if isinstance(column, Tensor) and isinstance(value, str):
+    if not isinstance(column, Tensor):
+        return torch.tensor([bool(compare(entry, str(value))) for entry in column], dtype=torch.bool)
+    if isinstance(value, str):
         value = _class_id(table, name, value)
-    if isinstance(column, Tensor):
-        return compare(column, value)
-    return torch.tensor([bool(compare(entry, str(value))) for entry in column], dtype=torch.bool)
+    if column.numel() != len(column):
+        raise EngramError(f"the column {name!r} holds {column[0].numel()} values a row; a condition needs one")
+    return compare(column.reshape(-1), value)
 
 
 def _parse(expression: str) -> tuple[str, Any, Any]:
     wanted = f"{expression!r} is no condition; write one comparison, as in 'label == 3'"
     try:
-        node = ast.parse(expression, mode="eval").body
+        node = ast.parse(expression.strip(), mode="eval").body
         if not (isinstance(node, ast.Compare) and isinstance(node.left, ast.Name) and len(node.ops) == 1):
             raise EngramError(wanted)
-        return node.left.id, OPERATORS[type(node.ops[0])], ast.literal_eval(node.comparators[0])
+        value = ast.literal_eval(node.comparators[0])
+        if not isinstance(value, str | int | float):
+            raise EngramError(wanted)
+        return node.left.id, OPERATORS[type(node.ops[0])], value
     except (SyntaxError, KeyError, ValueError) as error:
         raise EngramError(wanted) from error
 
 
 def _column(table: Table, name: str) -> Any:
-    columns: dict[str, Any] = {"id": table.ids, **table.extra}
+    columns: dict[str, Any] = {**table.extra, "id": table.ids}
     if table.labels is not None:
         columns["label"] = table.labels
     if name not in columns:
@@ -56,7 +61,9 @@ def _column(table: Table, name: str) -> Any:
 
 
 def _class_id(table: Table, name: str, value: str) -> int:
+    if name != "label" or not table.names:
+        raise EngramError(f"the column {name!r} holds numbers; compare it with a number, not with {value!r}")
     by_name = {label: id for id, label in table.names.items()}
-    if name != "label" or value not in by_name:
+    if value not in by_name:
         raise unknown("class", value, by_name)
     return by_name[value]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
@@ -106,7 +106,9 @@ def _known(module: nn.Module) -> bool:
 
 
 def _layer_sums(module: nn.Module, inputs: Tensor, delta: Tensor, power: int) -> dict[str, Tensor]:
-    if isinstance(module, LinearHead):  # its output is spread over all class ids; its rows are the classes that were born
+    if isinstance(
+        module, LinearHead
+    ):  # its output is spread over all class ids; its rows are the classes that were born
         return _linear_sums(module, inputs, delta[:, module.classes], power)
     if isinstance(module, nn.Linear):
         return _linear_sums(module, inputs, delta, power)

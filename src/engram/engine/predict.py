@@ -69,14 +69,14 @@ def features(model: nn.Module, table: Table, *, batch_size: int = 256, run: Run 
     return torch.cat(found) if found else torch.zeros(0, parts.width)
 
 
-def accuracy(model: nn.Module, table: Table, *, classes: tuple[int, ...] | None = None, run: Run | None = None) -> float:
+def accuracy(
+    model: nn.Module, table: Table, *, classes: tuple[int, ...] | None = None, run: Run | None = None
+) -> float:
     """The share of rows whose label has the largest logit, among `classes` if given; NaN for no rows."""
     return float(hits(model, table, classes=classes, run=run).double().mean())
 
 
-def hits(
-    model: nn.Module, table: Table, *, classes: tuple[int, ...] | None = None, run: Run | None = None
-) -> Tensor:
+def hits(model: nn.Module, table: Table, *, classes: tuple[int, ...] | None = None, run: Run | None = None) -> Tensor:
     """Mask [n]: is the label's logit the largest, among `classes` if given? A retired class is never predicted."""
     if table.labels is None:
         raise EngramError("accuracy needs labels, and these rows have none")

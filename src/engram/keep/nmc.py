@@ -1,11 +1,11 @@
 """Nearest mean of frozen features: the baseline that a continual learner has to beat.
 
-Janson, Zhang, Aljundi, Elhoseiny: A Simple Baseline that Questions the Use of Pretrained-Models in Continual Learning.
-arXiv 2210.04428 (2022).
+Janson, Zhang, Aljundi, Elhoseiny: A Simple Baseline that Questions the Use of Pretrained-Models in Continual
+Learning. arXiv 2210.04428 (2022).
 
-Keep, for each class, the sum of the normalised features u = f(x) / ||f(x)|| of its rows and their number; predict the
-class whose mean is nearest to u. The means are not normalised again. Nothing is trained, the order of rows is of no
-matter, and a row leaves by subtraction.
+Keep, for each class, the sum of the normalised features u = f(x) / ||f(x)|| of its rows and their number;
+predict the class whose mean is nearest to u. The means are not normalised again. Nothing is trained, the
+order of rows is of no matter, and a row leaves by subtraction.
 """
 
 from __future__ import annotations
@@ -13,14 +13,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engram.core.frozen import FrozenLearner, SummedRows
 from engram.data.table import Table
 from engram.data.task import Task
 from engram.engine.run import Run
-from engram.errors import EngramError
 from engram.models.heads import NearestMeanHead
 from engram.stats.moments import ClassMeans
 
@@ -29,8 +28,8 @@ from engram.stats.moments import ClassMeans
 class NMC(FrozenLearner):
     """Nearest mean classifier. No hyper-parameter of its own; exact forgetting by subtraction.
 
-    `backbone`: the frozen encoder; None takes rows as features. `normalise`: features to unit length, as published.
-    Cost: O(d) per row learnt or forgotten, O(C d) per prediction; memory C (d + 1).
+    `backbone`: the frozen encoder; None takes rows as features. `normalise`: features to unit length, as
+    published. Cost: O(d) per row learnt or forgotten, O(C d) per prediction; memory C (d + 1).
     """
 
     normalise: bool = True
@@ -41,6 +40,10 @@ class NMC(FrozenLearner):
         super().__post_init__()
         self.means: SummedRows = self.trace("means", SummedRows(ClassMeans, self._encode))
 
+    @classmethod
+    def tiny(cls) -> NMC:
+        return cls()
+
     def learn(self, task: Task, run: Run | None = None) -> None:
         run = run or Run()
         self.begin(task, run)
@@ -49,19 +52,12 @@ class NMC(FrozenLearner):
 
     def solve(self, run: Run) -> None:
         sums: ClassMeans = self.means.sums
-        born = self.head.classes
-        self.head.retire(born[~_isin(born, sums.classes)])
-        self.head.set(sums.classes, sums.mean)
+        self.put(sums.classes, sums.mean)
 
     def new_head(self, width: int) -> nn.Module:
         return NearestMeanHead(width, normalise=self.normalise)
 
     def _encode(self, table: Table) -> tuple[Tensor, Tensor]:
-        if table.labels is None:
-            raise EngramError("NMC learns from labelled rows, and these have no labels")
+        assert table.labels is not None
         features = self.features(table).double()
         return (F.normalize(features, dim=1, eps=1e-12) if self.normalise else features), table.labels
-
-
-def _isin(values: Tensor, among: Tensor) -> Tensor:
-    return (values[:, None] == among[None, :]).any(1)

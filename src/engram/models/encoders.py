@@ -68,9 +68,7 @@ class ConvNet(Encoder):
     batch in training mode; with "group" never.
     """
 
-    def __init__(
-        self, channels: int = 1, widths: Sequence[int] = (32, 64, 128), norm: str | None = "batch"
-    ) -> None:
+    def __init__(self, channels: int = 1, widths: Sequence[int] = (32, 64, 128), norm: str | None = "batch") -> None:
         super().__init__()
         norms: dict[str | None, Maker] = {None: nn.Identity, "batch": nn.BatchNorm2d, "group": _groups}
         normed = _chosen("norm", norm, norms)
@@ -134,7 +132,8 @@ def _listed(names: Iterable[str]) -> str:
 
 
 def _groups(width: int) -> nn.Module:
-    return nn.GroupNorm(math.gcd(8, width), width)
+    """At most 8 groups of at least 4 channels: a group of one channel would wipe out a 1×1 image."""
+    return nn.GroupNorm(1 if width % 4 else math.gcd(8, width // 4), width)
 
 
 def _chosen(kind: str, name: str | None, choices: Mapping[str | None, Maker]) -> Maker:

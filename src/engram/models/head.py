@@ -140,9 +140,7 @@ def predict_classes(logits: Tensor) -> Tensor:
 
 def _check(name: str, given: Tensor, shape: tuple[int, ...]) -> None:
     if tuple(given.shape) != shape:
-        raise EngramError(
-            f"{name} has shape {list(given.shape)}; so many distinct classes need {list(shape)}."
-        )
+        raise EngramError(f"{name} has shape {list(given.shape)}; so many distinct classes need {list(shape)}.")
     if not bool(given.isfinite().all()):
         raise EngramError(f"{name} is not finite everywhere; give rows of those classes only that have one.")
 

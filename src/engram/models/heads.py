@@ -112,9 +112,7 @@ class MatrixHead(SolvedHead):
     rows: ClassVar[tuple[str, ...]] = ("weight", "bias")
     bias: Tensor | None
 
-    def __init__(
-        self, width: int, normalise: bool = False, bias: bool = False, classes_total: int = 0
-    ) -> None:
+    def __init__(self, width: int, normalise: bool = False, bias: bool = False, classes_total: int = 0) -> None:
         super().__init__(width, classes_total)
         self.normalise = normalise
         self.weight = nn.Parameter(torch.empty(0, width, dtype=torch.float64))

@@ -6,10 +6,11 @@ run.
 
 from __future__ import annotations
 
+import inspect
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -34,8 +35,8 @@ def describe(model: nn.Module) -> dict[str, Any]:
             f"{type(model).__module__}.{name} is not a class of transformers itself, so it cannot be saved; "
             "save its inner model, or wrap it in a class known to engram.models.io.register_loadable."
         )
-    config: Any = model.config
-    return {"class": NAME, "architecture": name, "config": json.loads(config.to_json_string(use_diff=False))}
+    config = json.loads(cast(Any, model).config.to_json_string(use_diff=False))
+    return {"class": NAME, "architecture": name, "config": config, "options": _options(model)}
 
 
 def construct(description: dict[str, Any]) -> nn.Module:
@@ -46,13 +47,13 @@ def construct(description: dict[str, Any]) -> nn.Module:
     kind = settings.get("model_type")
     if kind not in transformers.CONFIG_MAPPING:
         raise unknown("model type of transformers", kind, transformers.CONFIG_MAPPING.keys())
-    return _class(description["architecture"])(transformers.CONFIG_MAPPING[kind].from_dict(settings))
+    config = transformers.CONFIG_MAPPING[kind].from_dict(settings)
+    return _class(description["architecture"])(config, **description.get("options", {}))
 
 
-def save(model: Any, directory: Path) -> None:
-    """`save_pretrained`, for a class that can be loaded again."""
-    describe(model)
-    model.save_pretrained(directory)
+def stands_alone(module: nn.Module) -> bool:
+    """Whether `module` is a transformers model that transformers itself can save and load again, whole."""
+    return is_transformers(module) and not describe(module)["options"]
 
 
 def load(directory: Path, config: dict[str, Any]) -> nn.Module:
@@ -71,12 +72,16 @@ def load(directory: Path, config: dict[str, Any]) -> nn.Module:
     return model
 
 
+def _options(model: nn.Module) -> dict[str, Any]:
+    """What a constructor was told beside the config: classifiers build their encoders without a pooler."""
+    optional = "add_pooling_layer" in inspect.signature(type(model)).parameters
+    return {"add_pooling_layer": False} if optional and getattr(model, "pooler", None) is None else {}
+
+
 def _class(name: str | None) -> Any:
     import transformers
 
     found = getattr(transformers, str(name), None)
     if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
-        raise EngramError(
-            f"transformers has no model class {name!r}; update transformers, or save the model anew."
-        )
+        raise EngramError(f"transformers has no model class {name!r}; update transformers, or save the model anew.")
     return found

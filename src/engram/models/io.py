@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -36,10 +36,10 @@ def save(model: nn.Module, directory: str | Path) -> None:
     target = Path(directory)
     if target.is_dir() and any(target.iterdir()) and not (target / CONFIG).is_file():
         raise EngramError(f"{target} holds files, but no saved model: choose a new or an empty directory.")
-    write = hub.save if hub.is_transformers(model) else _write
+    alone = hub.stands_alone(model)
     with new_directory(target) as fresh:
         try:
-            write(model, fresh)
+            cast(Any, model).save_pretrained(fresh) if alone else _write(model, fresh)
         except SafetensorError as error:
             raise OSError(f"{WEIGHTS}: {error}") from error
 
@@ -75,9 +75,7 @@ def pack(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
     state = _state(model)
     aliases = _aliases(state)
     tensors = {
-        name: tensor.detach().to("cpu", copy=True).contiguous()
-        for name, tensor in state.items()
-        if name not in aliases
+        name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in state.items() if name not in aliases
     }
     return {"format": FORMAT, **description, **({"tied": aliases} if aliases else {})}, tensors
 
@@ -92,9 +90,7 @@ def unpack(config: dict[str, Any], tensors: dict[str, Tensor]) -> nn.Module:
     description = {key: value for key, value in config.items() if key not in ("format", "tied")}
     with seeded(torch.Generator().manual_seed(0)):
         model = _construct(description)
-    state = tensors | {
-        name: tensors[first] for name, first in config.get("tied", {}).items() if first in tensors
-    }
+    state = tensors | {name: tensors[first] for name, first in config.get("tied", {}).items() if first in tensors}
     try:
         _take_types(model, state)
         model.load_state_dict(state)
@@ -141,9 +137,7 @@ def _state(model: nn.Module) -> dict[str, Tensor]:
     state = model.state_dict()
     odd = [name for name, value in state.items() if not isinstance(value, Tensor)]
     if odd:
-        raise EngramError(
-            f"the state {odd[0]!r} of {type(model).__name__} is no tensor; keep it as a buffer."
-        )
+        raise EngramError(f"the state {odd[0]!r} of {type(model).__name__} is no tensor; keep it as a buffer.")
     return state
 
 

@@ -22,6 +22,7 @@ LOADABLE: dict[str, str | type] = {
     "MatrixHead": "engram.models.heads:MatrixHead",
     "ValueHead": "engram.models.heads:ValueHead",
     "Predictor": "engram.models.predictor:Predictor",
+    "Routed": "engram.models.routed:Routed",
     "Wrapper": "engram.models.guards:Wrapper",
 }  # name -> where it stands, imported when asked for
 

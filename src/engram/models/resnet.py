@@ -70,9 +70,7 @@ class ResidualBlock(nn.Module):
     def __init__(self, into: int, out: int, stride: int) -> None:
         super().__init__()
         if out < into:
-            raise EngramError(
-                f"the shortcut of a ResNet pads channels, so widths cannot shrink ({into} to {out})."
-            )
+            raise EngramError(f"the shortcut of a ResNet pads channels, so widths cannot shrink ({into} to {out}).")
         self.stride, self.extra = stride, out - into
         self.conv1 = nn.Conv2d(into, out, 3, stride=stride, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(out)
@@ -104,9 +102,7 @@ def load_cifar_resnet(path: str | Path) -> Predictor:
 
 def _shaped_like(published: Mapping[str, Tensor]) -> Predictor:
     stages = sorted({key.split(".")[0] for key in published if key.startswith("layer")})
-    widths = [len(published[f"{stage}.0.conv1.weight"]) for stage in stages] or [
-        len(published["conv1.weight"])
-    ]
+    widths = [len(published[f"{stage}.0.conv1.weight"]) for stage in stages] or [len(published["conv1.weight"])]
     blocks = sum(key.startswith("layer1.") and key.endswith("conv1.weight") for key in published)
     channels, labels = published["conv1.weight"].shape[1], range(len(published["linear.bias"]))
     with seeded(torch.Generator().manual_seed(0)):

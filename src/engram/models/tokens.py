@@ -12,9 +12,7 @@ from engram.errors import EngramError
 
 
 @contextmanager
-def replaced(
-    model: nn.Module, new: Tensor | Callable[[Tensor], Tensor], prefill_only: bool = False
-) -> Iterator[None]:
+def replaced(model: nn.Module, new: Tensor | Callable[[Tensor], Tensor], prefill_only: bool = False) -> Iterator[None]:
     """Inside the block the model reads `new` [B, T, d] (or new(old)) in place of its token embeddings [B, T,
     d].
 
@@ -47,7 +45,5 @@ def _embedding(model: Any) -> nn.Module:
     find = getattr(model, "get_input_embeddings", None)
     layer = find() if callable(find) else None
     if not isinstance(layer, nn.Module):
-        raise EngramError(
-            f"{type(model).__name__} has no get_input_embeddings: its tokens cannot be replaced."
-        )
+        raise EngramError(f"{type(model).__name__} has no get_input_embeddings: its tokens cannot be replaced.")
     return layer

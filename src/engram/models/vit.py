@@ -20,9 +20,7 @@ class Attention(nn.Module):
     def __init__(self, width: int, heads: int, dropout: float) -> None:
         super().__init__()
         if width % heads:
-            raise EngramError(
-                f"the width of a transformer is a multiple of its heads; {width} is not of {heads}."
-            )
+            raise EngramError(f"the width of a transformer is a multiple of its heads; {width} is not of {heads}.")
         self.heads, self.dropout = heads, dropout
         self.query, self.key, self.value = (nn.Linear(width, width) for _ in range(3))
         self.out = nn.Linear(width, width)

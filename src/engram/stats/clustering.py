@@ -27,9 +27,7 @@ def hungarian_accuracy(y: Tensor, clusters: Tensor) -> tuple[float, dict[int, in
     classes apart, fit it on the novel rows alone.
     """
     if y.shape != clusters.shape or y.ndim != 1 or not len(y):
-        raise EngramError(
-            f"classes and clusters want to be [n], not {tuple(y.shape)}, {tuple(clusters.shape)}"
-        )
+        raise EngramError(f"classes and clusters want to be [n], not {tuple(y.shape)}, {tuple(clusters.shape)}")
     classes, a = y.unique(return_inverse=True)
     groups, b = clusters.unique(return_inverse=True)
     pairs = torch.bincount(a * len(groups) + b, minlength=len(classes) * len(groups))

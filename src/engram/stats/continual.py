@@ -129,9 +129,7 @@ def split_sizes(total: int, base: int, increment: int, tasks: int | None = None)
     while sum(sizes) < total:
         sizes.append(min(increment, total - sum(sizes)))
     if tasks not in (None, len(sizes)):
-        raise EngramError(
-            f"{total} classes as {base}, then {increment} each, are {len(sizes)} tasks, not {tasks}"
-        )
+        raise EngramError(f"{total} classes as {base}, then {increment} each, are {len(sizes)} tasks, not {tasks}")
     return sizes
 
 

@@ -155,9 +155,7 @@ def equivalence(
     """
     k, below, above = len(reference), *_halves(value, error, n, level)
     if not k or not margin >= 0:
-        raise EngramError(
-            f"equivalence needs oracle values and a margin >= 0, got {k} oracles, margin {margin}"
-        )
+        raise EngramError(f"equivalence needs oracle values and a margin >= 0, got {k} oracles, margin {margin}")
     oracles = array(reference)
     difference = float(value - oracles.mean())
     spread = _t(level, k - 1) * float(oracles.std(ddof=1)) * (1 + 1 / k) ** 0.5 if k > 1 else inf
@@ -195,9 +193,7 @@ def _auc_low(value: float, p: int, q: int, level: float) -> float:
     z, pairs = float(ndtri((1 + level) / 2)), (p + q) / 2 - 1
 
     def gap(t: float) -> float:
-        return (value - t) ** 2 - z**2 * t * (1 - t) * (1 + pairs * ((1 - t) / (2 - t) + t / (1 + t))) / (
-            p * q
-        )
+        return (value - t) ** 2 - z**2 * t * (1 - t) * (1 + pairs * ((1 - t) / (2 - t) + t / (1 + t))) / (p * q)
 
     return float(brentq(gap, 0.0, min(value, 1 - 1e-9))) if value > 0 else 0.0
 

@@ -26,8 +26,7 @@ def nearest(
     dtype = torch.promote_types(torch.promote_types(q.dtype, bank.dtype), torch.float32)
     q, bank = _prepared(q.to(dtype), metric), _prepared(bank.to(dtype), metric)
     found = [
-        _search(part, bank, k, metric, block, i * block if drop_self else None)
-        for i, part in enumerate(q.split(block))
+        _search(part, bank, k, metric, block, i * block if drop_self else None) for i, part in enumerate(q.split(block))
     ]
     values, indices = (torch.cat(parts) for parts in zip(*found, strict=True))
     return (values.neg().clamp(min=0).sqrt() if metric == "l2" else values), indices
@@ -44,9 +43,7 @@ def vote(labels: Tensor, values: Tensor, C: int, *, temperature: float | None = 
 
 def _check(q: Tensor, bank: Tensor, wanted: int) -> None:
     if q.ndim != 2 or bank.ndim != 2 or q.shape[1] != bank.shape[1]:
-        raise EngramError(
-            f"queries and bank are {tuple(q.shape)} and {tuple(bank.shape)}; want [m, d] and [n, d]"
-        )
+        raise EngramError(f"queries and bank are {tuple(q.shape)} and {tuple(bank.shape)}; want [m, d] and [n, d]")
     if len(bank) < wanted:
         raise EngramError(f"the bank has {len(bank)} rows, {wanted} are needed: lower k")
     if not (q.isfinite().all() and bank.isfinite().all()):
@@ -59,9 +56,7 @@ def _prepared(x: Tensor, metric: Metric) -> Tensor:
     return normalize(x, dim=1, eps=1e-12) if metric == "cosine" else x
 
 
-def _search(
-    q: Tensor, bank: Tensor, k: int, metric: Metric, block: int, first: int | None
-) -> tuple[Tensor, Tensor]:
+def _search(q: Tensor, bank: Tensor, k: int, metric: Metric, block: int, first: int | None) -> tuple[Tensor, Tensor]:
     """Best so far, merged with the bank block by block; earlier rows stand first, so ties keep order."""
     values, indices = q.new_empty(len(q), 0), torch.empty(len(q), 0, dtype=torch.long, device=q.device)
     for start in range(0, len(bank), block):

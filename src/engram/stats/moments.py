@@ -51,9 +51,7 @@ class ClassMeans:
         x, y = self._rows(x, y)
         asked = torch.bincount(y, minlength=len(self.counts))
         if len(asked) > len(self.counts) or (asked > self.counts).any():
-            raise EngramError(
-                "cannot remove more rows of a class than it holds: give only rows that were added"
-            )
+            raise EngramError("cannot remove more rows of a class than it holds: give only rows that were added")
         self._move(x, y, -1)
         self._clear()
 
@@ -80,9 +78,7 @@ class ClassMeans:
     def _rows(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         d = self.sums.shape[1]
         if x.ndim != 2 or x.shape[1] != d or y.shape != x.shape[:1]:
-            raise EngramError(
-                f"rows and classes are {tuple(x.shape)} and {tuple(y.shape)}, not [n, {d}] and [n]"
-            )
+            raise EngramError(f"rows and classes are {tuple(x.shape)} and {tuple(y.shape)}, not [n, {d}] and [n]")
         if len(y) and int(y.min()) < 0:
             raise EngramError("a class id is negative; class ids count from 0")
         return x.detach().to(self.sums), y.to(self.counts)

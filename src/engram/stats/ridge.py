@@ -101,9 +101,7 @@ class Ridge:
         """
         sums = self._moved(phi, y, -1, drift)
         if not self._possible(sums):
-            raise EngramError(
-                "cannot remove rows that were never learnt: give features and targets as learnt"
-            )
+            raise EngramError("cannot remove rows that were never learnt: give features and targets as learnt")
         self._set(self._cleared(sums))
 
     def error_bound(self) -> float:
@@ -160,9 +158,7 @@ class Ridge:
         d, C = self.Q.shape
         if phi.ndim != 2 or y.ndim != 2 or phi.shape[1] != d or len(phi) != len(y):
             shapes = f"{tuple(phi.shape)} and {tuple(y.shape)}"
-            raise EngramError(
-                f"rows and targets have the shapes {shapes}; they want to be [n, {d}] and [n, C]"
-            )
+            raise EngramError(f"rows and targets have the shapes {shapes}; they want to be [n, {d}] and [n, C]")
         phi, y = phi.detach().to(self.A), y.detach().to(self.A)
         if not (phi.isfinite().all() and y.isfinite().all()):
             raise EngramError("rows or targets hold NaN or infinity; a sum would never lose them again")
@@ -172,18 +168,14 @@ class Ridge:
         phi, y = self._rows(phi, y)
         old, wider = self._sums, (0, y.shape[1] - self.Q.shape[1])
         A, rounding_gram = old.A.clone(), old.rounding_gram
-        Q, count, rounding_cross = (
-            torch.nn.functional.pad(t, wider) for t in (old.Q, old.count, old.rounding_cross)
-        )
+        Q, count, rounding_cross = (torch.nn.functional.pad(t, wider) for t in (old.Q, old.count, old.rounding_cross))
         for p, t in zip(phi.split(BLOCK), y.split(BLOCK), strict=True):
             A += sign * (p.T @ p)
             Q = Q + sign * (p.T @ t)
             size, own = p.norm().item(), _gamma(len(p))
             rounding_gram += (own + 2 * drift + drift**2) * size**2 + UNIT * A.norm().item()
             rounding_cross = rounding_cross + (own + drift) * size * t.norm(dim=0) + UNIT * Q.norm(dim=0)
-        return _Sums(
-            A, Q, count + sign * (y != 0).sum(0), old.n + sign * len(phi), rounding_gram, rounding_cross
-        )
+        return _Sums(A, Q, count + sign * (y != 0).sum(0), old.n + sign * len(phi), rounding_gram, rounding_cross)
 
     def _possible(self, sums: _Sums) -> bool:
         """Whether these can be the sums of some rows, given the rounding."""

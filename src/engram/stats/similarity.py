@@ -76,9 +76,7 @@ def _centred(x: Tensor) -> Tensor:
 
 def _pair(x: Tensor, y: Tensor, least: int) -> tuple[Tensor, Tensor]:
     if len(x) != len(y) or len(x) < least:
-        raise EngramError(
-            f"CKA got {len(x)} and {len(y)} rows; it wants the same rows twice, at least {least}"
-        )
+        raise EngramError(f"CKA got {len(x)} and {len(y)} rows; it wants the same rows twice, at least {least}")
     return _centred(x), _centred(y)
 
 

@@ -1,0 +1,65 @@
+"""Learners as directories: the model, which loads by itself, and the traces beside it."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from safetensors.torch import save as save_bytes
+
+from engram.core.learner import Learner
+from engram.core.settings import describe, make
+from engram.engine.journal import flatten, unflatten
+from engram.errors import EngramError
+from engram.files import new_directory
+from engram.models import io
+
+FORMAT = 1
+LEARNER, TRACES, MODEL = "learner.json", "traces.safetensors", "model"
+
+
+def save_learner(learner: Learner, directory: str | Path, *, tasks: int = 0) -> None:
+    """Write a learner, whole or not at all: `model/` (config and weights; `load` or `from_pretrained` read it),
+    `learner.json` (settings, state without tensors, how many tasks it has had), `traces.safetensors`."""
+    state = learner.state_dict()
+    tensors: dict[str, Any] = {}
+    tree = flatten({"traces": state["traces"], "extra": state["extra"]}, tensors)
+    entry = {"format": FORMAT, "learner": _portable(describe(learner)), "tasks": tasks, "state": tree}
+    with new_directory(directory) as fresh:
+        if learner.started:
+            io.save(learner.model, fresh / MODEL)
+        (fresh / TRACES).write_bytes(save_bytes(tensors))
+        (fresh / LEARNER).write_text(json.dumps(entry, indent=1))
+
+
+def load_learner(directory: str | Path) -> tuple[Learner, int]:
+    """The learner that `save_learner` wrote, and how many tasks it has had. EngramError names a damaged file."""
+    folder = Path(directory)
+    if not (folder / LEARNER).exists():
+        raise EngramError(f"{folder} holds no learner ({LEARNER} is missing)")
+    try:
+        entry = json.loads((folder / LEARNER).read_text())
+        state = unflatten(entry["state"], load_file(folder / TRACES))
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise EngramError(f"the learner in {folder} cannot be read: {error}") from error
+    if entry["format"] != FORMAT:
+        raise EngramError(f"{folder / LEARNER} has format {entry['format']}; this version reads format {FORMAT}")
+    learner: Learner = make(entry["learner"])
+    model = list(io.pack(io.load(folder / MODEL))) if (folder / MODEL).is_dir() else None
+    learner.load_state_dict({"model": model, **state})
+    return learner, entry["tasks"]
+
+
+def is_learner(directory: str | os.PathLike[str]) -> bool:
+    """Does a learner stand in this directory?"""
+    return (Path(directory) / LEARNER).exists()
+
+
+def _portable(described: dict[str, Any]) -> dict[str, Any]:
+    """Settings as they can be made again: a module that was handed over is in the saved model already."""
+    packed = {key for key, value in described.items() if isinstance(value, dict) and "aliases" in value}
+    return {key: value for key, value in described.items() if key not in packed}

@@ -1,0 +1,219 @@
+"""`engram run`: a config in, a run directory out."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from engram.core.environment import environment
+from engram.core.learner import fresh
+from engram.core.persist import save_learner
+from engram.core.plan import Plan, read_plan
+from engram.core.timeline import Record, Timeline
+from engram.data.readers import read, read_with, train_test
+from engram.data.table import Table
+from engram.engine.progress import Progress
+from engram.engine.run import Run
+from engram.errors import EngramError
+from engram.files import write_atomic
+
+FORMAT = 1
+CONFIG, STATUS, EVENTS, ENVIRONMENT, METRICS = (
+    "config.yaml",
+    "run.json",
+    "events.json",
+    "environment.json",
+    "metrics.parquet",
+)
+
+
+def read_config(path: str | Path) -> dict[str, Any]:
+    """A config from a YAML file, or by the name of one that engram brings ("quickstart")."""
+    found = Path(path)
+    shipped = Path(__file__).parents[1] / "configs" / f"{path}.yaml"
+    if not found.is_file():
+        if not shipped.is_file():
+            names = ", ".join(sorted(p.stem for p in shipped.parent.glob("*.yaml")))
+            raise EngramError(f"there is no config file {path}; give a YAML file, or one of: {names}")
+        found = shipped
+    try:
+        config = yaml.safe_load(found.read_text())
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise EngramError(f"the config {found} cannot be read: {str(error).splitlines()[0]}") from error
+    if not isinstance(config, dict):
+        raise EngramError(f"the config {found} is no mapping of keys to values")
+    return config
+
+
+def override(config: dict[str, Any], dotted: Mapping[str, Any]) -> dict[str, Any]:
+    """The config with values put in at dotted keys, as in {"learners.exact.gamma": 1.0, "events.1.forget.classes": [3]}."""
+    changed = json.loads(json.dumps(config))
+    for key, value in dotted.items():
+        *path, last = key.split(".")
+        place: Any = changed
+        for name in path:
+            place = _inner(place, name, key)
+        if isinstance(place, list):
+            place[_position(place, last, key)] = value
+        else:
+            place[last] = value
+    return changed
+
+
+def load_data(data: Mapping[str, Any]) -> tuple[Table, Table]:
+    """Train and test rows as a plan's `data` says: a test source of its own, or a share of the rows."""
+    columns = {key: data[key] for key in ("id", "label", "text", "image", "limit", "image_size") if key in data}
+    table, preprocessing = read_with(data["source"], **columns)
+    if "test" in data:
+        return table, read(data["test"], preprocessing=preprocessing, **columns)
+    return train_test(table, float(data.get("share", 0.3)), seed=0)
+
+
+class Running:
+    """One run of a plan in a directory."""
+
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        directory: str | Path,
+        *,
+        resume: bool = False,
+        progress: Progress | None = None,
+    ) -> None:
+        self.plan: Plan = read_plan(config)
+        self.directory = Path(directory)
+        self._claim(resume)
+        self.run = Run(
+            self.directory,
+            seed=self.plan.seed,
+            device=self.plan.device,
+            precision=self.plan.precision,
+            progress=progress,
+        )
+        train, test = load_data(self.plan.data)
+        self.timeline = Timeline(self.plan, train, test, self.run)
+
+    def outline(self) -> list[str]:
+        """What will be done, and what it will take: said before work starts."""
+        steps = [step.title for step in self.timeline.steps]
+        learners = ", ".join(self.plan.learners)
+        return [
+            f"{self.plan.title}: {len(self.timeline.everything)} training rows, {len(self.timeline.stages)} tasks",
+            f"learners: {learners}",
+            *(f"  {index + 1}. {title}" for index, title in enumerate(steps)),
+            f"models to train besides, as controls for the audits: {self._controls()}",
+            f"expected: about {self.forecast():.0f} s on this machine (measured on a few rows of the first task)",
+        ]
+
+    def forecast(self) -> float:
+        """Seconds that learning and the controls will take, from the time that each learner takes for a few rows."""
+        rows = len(self.timeline.everything)
+        first = self.timeline.stages[0].task
+        sample = first.train.take(range(min(len(first.train), 128)))
+        total = 0.0
+        for learner in self.plan.learners.values():
+            start = time.perf_counter()
+            fresh(learner).learn(first.__class__(sample, None, 0, sample.classes, first.names), Run(seed=1))
+            total += (time.perf_counter() - start) / len(sample) * rows * (1 + self._controls_per_learner())
+        return total
+
+    def execute(self) -> list[Record]:
+        """Do the work and write the directory; `run.json` says "finished" only after everything else is written."""
+        self._write_status("running")
+        write_atomic(self.directory / CONFIG, yaml.safe_dump(self.plan.resolved(), sort_keys=False, allow_unicode=True))
+        write_atomic(self.directory / ENVIRONMENT, json.dumps(environment(self.plan.device), indent=1))
+        records = self.timeline.execute()
+        write_atomic(self.directory / EVENTS, json.dumps(records, indent=1))
+        write_metrics(records, self.directory / METRICS)
+        for story in self.timeline.stories:
+            save_learner(story.learner, self.directory / "models" / story.name, tasks=story.taken)
+        return records
+
+    def finish(self) -> None:
+        """Mark the run as finished."""
+        self._write_status("finished")
+
+    def _claim(self, resume: bool) -> None:
+        status = self.directory / STATUS
+        if self.directory.exists() and any(self.directory.iterdir()) and not resume:
+            state = json.loads(status.read_text())["status"] if status.exists() else "something else"
+            hint = "use --resume to go on" if state == "running" else "choose another --out"
+            raise EngramError(f"{self.directory} exists already and holds {_article(state)}; {hint}")
+        if resume and not status.exists():
+            raise EngramError(f"{self.directory} holds no run to resume ({STATUS} is missing)")
+        if resume:
+            self._same_config()
+
+    def _same_config(self) -> None:
+        written = self.directory / CONFIG
+        if written.exists() and yaml.safe_load(written.read_text()) != json.loads(json.dumps(self.plan.resolved())):
+            raise EngramError(
+                f"{written} differs from the config given; resume with the same one, or choose another --out"
+            )
+
+    def _write_status(self, status: str) -> None:
+        write_atomic(self.directory / STATUS, json.dumps({"format": FORMAT, "status": status}) + "\n")
+
+    def _controls_per_learner(self) -> int:
+        counts = [
+            max([0, *(getattr(probe, "oracles", 0) for probe in step.event.probes)]) for step in self.timeline.steps
+        ]
+        return sum(counts)
+
+    def _controls(self) -> int:
+        return self._controls_per_learner() * len(self.plan.learners)
+
+
+def write_metrics(records: list[Record], path: Path) -> None:
+    """One row per measured number: event, learner, metric, task, value, n, and an interval where there is one."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = [row for record in records for row in _metrics(record)]
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_pylist(rows, schema=_SCHEMA(pa)), sink)
+    write_atomic(path, sink.getvalue().to_pybytes())
+
+
+def _metrics(record: Record) -> list[dict[str, Any]]:
+    at = {"event": record["event"], "learner": record["learner"]}
+    rows = []
+    for entry in record["accuracy"]:
+        for metric, hit in (("accuracy", "hits"), ("accuracy, task-aware", "hits_task_aware")):
+            value = entry[hit] / entry["n"]
+            rows.append({**at, "metric": metric, "task": entry["task"], "value": value, "n": entry["n"]})
+    for finding in record.get("findings", []):
+        low, high = finding["interval"] or (None, None)
+        name = f"{finding['probe']}: {finding['name']}"
+        rows.append({**at, "metric": name, "value": finding["value"], "n": finding["n"], "low": low, "high": high})
+    rows.append({**at, "metric": "seconds", "value": record["cost"]["seconds"]})
+    return rows
+
+
+def _SCHEMA(pa: Any) -> Any:  # noqa: N802
+    whole, number, text = pa.int64(), pa.float64(), pa.string()
+    names = {"event": whole, "learner": text, "metric": text, "task": whole, "value": number, "n": whole}
+    return pa.schema({**names, "low": number, "high": number})
+
+
+def _inner(place: Any, name: str, key: str) -> Any:
+    if isinstance(place, list):
+        return place[_position(place, name, key)]
+    if not isinstance(place, dict):
+        raise EngramError(f"--{key}: {name!r} stands below a plain value; there is nothing to set there")
+    return place.setdefault(name, {})
+
+
+def _position(place: list[Any], name: str, key: str) -> int:
+    if not name.isdigit() or int(name) >= len(place):
+        raise EngramError(f"--{key}: {name!r} is no position in a list of {len(place)}; positions count from 0")
+    return int(name)
+
+
+def _article(state: str) -> str:
+    return f"a {state} run" if state in ("running", "finished") else state

@@ -1,0 +1,103 @@
+"""The verbs for one's own model: erase what a request names, and examine what is left."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from engram.core.finding import Finding
+from engram.core.forgetter import Forgetter
+from engram.core.needs import Need, satisfied
+from engram.core.probe import Probe, Subject
+from engram.core.recipe import Trainer
+from engram.core.request import Classes, Records, Request
+from engram.core.settings import make
+from engram.data.table import Table
+from engram.engine.run import Run
+from engram.errors import EngramError
+
+AUTO = ("forget.Retrain", "forget.SSD", "forget.GradientDifference", "forget.Finetune", "forget.GradientAscent")
+PROBES = ("audit.Accuracy", "audit.Membership", "audit.RetrainGap")
+
+
+def erase(
+    model: nn.Module,
+    *,
+    forget: Table | None = None,
+    retain: Table | None = None,
+    classes: Sequence[int] | None = None,
+    method: str | Mapping[str, Any] | Forgetter = "auto",
+    recipe: Trainer | None = None,
+    statistics: Mapping[str, Any] | None = None,
+    run: Run | None = None,
+) -> nn.Module:
+    """A new model that has forgotten the `forget` rows, or whole `classes` of the rows in `forget`.
+
+    `retain`: training rows that stay, as far as they are at hand. `method`: a name ("SSD"), {"name": …, setting: value},
+    a forgetter, or "auto": the first of Retrain, SSD, GradientDifference, Finetune, GradientAscent that can do with what
+    is given. `recipe`: trains one more model of this kind. `statistics`: what a forgetter's `prepare` stored.
+    EngramError, before any work, if the method needs what is not given.
+    """
+    request = request_for(forget, retain, classes, {Need.RECIPE: recipe, Need.STATISTICS: statistics})
+    chosen = method if isinstance(method, Forgetter) else _choose(method, request)
+    return chosen.forget(model, request, run)
+
+
+def examine(
+    model: nn.Module,
+    *,
+    before: nn.Module | None = None,
+    forget: Table | None = None,
+    retain: Table | None = None,
+    test: Table | None = None,
+    classes: Sequence[int] | None = None,
+    oracles: Sequence[nn.Module] = (),
+    recipe: Trainer | None = None,
+    probes: Iterable[str | Mapping[str, Any] | Probe] = PROBES,
+    run: Run | None = None,
+) -> list[Finding]:
+    """What probes find in a model. Verdicts need at least five `oracles` (models retrained without the forget rows), or
+    a `recipe` to train them with; without, they are unknown. EngramError if a probe asks for what is not given."""
+    rows = {
+        name: table for name, table in (("forget", forget), ("retain", retain), ("test", test)) if table is not None
+    }
+    if classes is not None and test is not None:
+        gone = test.of_classes(classes)
+        rows |= {"test-forget": gone, "test": test.without(gone.ids)}
+    request = request_for(forget, retain, classes, {}) if forget is not None else None
+    subject = Subject(model, before=before, request=request, rows=rows, recipe=recipe, oracles=tuple(oracles))
+    run = run or Run()
+    asked = [probe if isinstance(probe, Probe) else make(probe, wing="audit") for probe in probes]
+    for probe in asked:
+        probe.check(subject)
+    return [finding for probe in asked for finding in probe.examine(subject, run)]
+
+
+def request_for(
+    forget: Table | None,
+    retain: Table | None,
+    classes: Sequence[int] | None,
+    at_hand: Mapping[Need, Any],
+) -> Request:
+    """The request for rows or classes. EngramError if it names nothing."""
+    if forget is not None and not len(forget):
+        raise EngramError("the forget set is empty; name at least one record or class")
+    if classes is not None:
+        return Request(Classes(tuple(classes)), forget, retain, at_hand=at_hand)
+    if forget is None:
+        raise EngramError("say what must be forgotten: rows in forget=, or classes=")
+    return Request(Records(forget.ids), forget, retain, at_hand=at_hand)
+
+
+def _choose(method: str | Mapping[str, Any], request: Request) -> Forgetter:
+    if method != "auto":
+        return make(method, wing="forget")
+    for name in AUTO:
+        forgetter: Forgetter = make(name)
+        if satisfied(forgetter.needs, request.have()):
+            return forgetter
+    raise EngramError(
+        f"no forgetter can do with {', '.join(sorted(request.have())) or 'nothing'}; see `engram methods`"
+    )
