@@ -11,12 +11,13 @@ from typing import Any
 import yaml
 
 from engram.core.environment import environment
-from engram.core.learner import fresh
+from engram.core.learner import Learner, fresh
 from engram.core.persist import save_learner
 from engram.core.plan import Plan, read_plan
 from engram.core.timeline import Record, Timeline
 from engram.data.readers import read, read_with, train_test
 from engram.data.table import Table
+from engram.data.task import Task
 from engram.engine.progress import Progress
 from engram.engine.run import Run
 from engram.errors import EngramError
@@ -51,7 +52,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
 
 
 def override(config: dict[str, Any], dotted: Mapping[str, Any]) -> dict[str, Any]:
-    """The config with values put in at dotted keys, as in {"learners.exact.gamma": 1.0, "events.1.forget.classes": [3]}."""
+    """The config with values put in at dotted keys, as in {"learners.exact.gamma": 1.0}; lists count from 0."""
     changed = json.loads(json.dumps(config))
     for key, value in dotted.items():
         *path, last = key.split(".")
@@ -112,14 +113,13 @@ class Running:
 
     def forecast(self) -> float:
         """Seconds that learning and the controls will take, from the time that each learner takes for a few rows."""
-        rows = len(self.timeline.everything)
-        first = self.timeline.stages[0].task
-        sample = first.train.take(range(min(len(first.train), 128)))
+        rows, first = len(self.timeline.everything), self.timeline.stages[0].task
         total = 0.0
         for learner in self.plan.learners.values():
-            start = time.perf_counter()
-            fresh(learner).learn(first.__class__(sample, None, 0, sample.classes, first.names), Run(seed=1))
-            total += (time.perf_counter() - start) / len(sample) * rows * (1 + self._controls_per_learner())
+            _, few, many = (_seconds(learner, first, size) for size in (16, 16, 128))  # the first pays for imports
+            per_row = max(many - few, 0.0) / max(min(len(first.train), 128) - 16, 1)
+            trainings = 1 + self._controls_per_learner()
+            total += trainings * (few * len(self.timeline.stages) + per_row * rows)
         return total
 
     def execute(self) -> list[Record]:
@@ -167,6 +167,14 @@ class Running:
 
     def _controls(self) -> int:
         return self._controls_per_learner() * len(self.plan.learners)
+
+
+def _seconds(learner: Learner, task: Task, size: int) -> float:
+    """The time that a fresh learner takes for the first rows of a task."""
+    sample = task.train.take(range(min(len(task.train), size)))
+    start = time.perf_counter()
+    fresh(learner).learn(Task(sample, None, 0, sample.classes, task.names), Run(seed=1))
+    return time.perf_counter() - start
 
 
 def write_metrics(records: list[Record], path: Path) -> None:

@@ -19,15 +19,13 @@ from engram.engine.losses import Mean, by_target
 from engram.engine.optimizer import Optimizer
 from engram.engine.run import Run
 
-Pair = tuple[Batch, Batch | None]
-
 
 @dataclass(kw_only=True, eq=False)
 class GradientForgetter(Forgetter):
     """Gradient difference, if nothing is overridden: up on the forget rows, down on the retain rows.
 
     `retain_weight` 0 leaves the retain rows out, and then they are not needed. `retain_ratio`: retain rows per forget
-    row of a batch. Hooks: `params` (what is trained), `targets` (teacher outputs, computed once), `terms` (the loss of
+    row of a batch. A schedule moves once per epoch. Hooks: `params` (what is trained), `targets` (teacher outputs, computed once), `terms` (the loss of
     a forget batch and its retain batch). An epoch is one pass over the forget rows. The model is trained in eval mode
     unless `batch_statistics` is set: running statistics of batch normalisation then stay those of all the data.
     """
@@ -56,13 +54,12 @@ class GradientForgetter(Forgetter):
             for p in new.parameters():
                 p.requires_grad_(id(p) in trainable and p.requires_grad)
             fit(
-                lambda pair: self.terms(new, *pair),
+                lambda batch: self.loss(new, batch),
                 lambda epoch: self.batches(request, epoch, run),
                 model=new,
                 optimizer=self.optimizer,
                 epochs=self.epochs,
                 run=run,
-                steps=-(-len(rows(request.forget)) // self.batch_size),
             )
             for name, p in new.named_parameters():
                 p.requires_grad_(before[name])
@@ -75,13 +72,17 @@ class GradientForgetter(Forgetter):
     def targets(self, model: nn.Module, request: Request, run: Run) -> None:
         """Compute what the loss compares with, from the model as it was."""
 
-    def batches(self, request: Request, epoch: int, run: Run) -> Iterator[Pair]:
+    def batches(self, request: Request, epoch: int, run: Run) -> Iterator[Any]:
         """Pairs of a forget batch and a retain batch (None without a retain weight)."""
         retain = request.retain if self.retain_weight else None
         seed = run.number("order")
         return paired(
             rows(request.forget), retain, self.batch_size, self.retain_ratio, seed=seed, epoch=epoch, shard=run.shard
         )
+
+    def loss(self, model: nn.Module, batch: Any) -> Mean:
+        """The loss of what `batches` gives; a method overrides it only if that is no pair."""
+        return self.terms(model, *batch)
 
     def terms(self, model: nn.Module, forget: Batch, retain: Batch | None) -> Mean:
         """The loss of a pair."""

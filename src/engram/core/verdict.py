@@ -8,9 +8,9 @@ from engram.core.finding import ORACLES_NEEDED, Finding, Verdict, finite
 from engram.stats.intervals import Comparison, equivalence
 
 SENTENCES = {
-    Verdict.PASS: "No difference from retraining larger than the margin: the interval of the difference lies within it.",
+    Verdict.PASS: "The same as retraining, within the margin: the interval of the difference lies inside it.",
     Verdict.FAIL: "Different from retraining: the interval of the difference lies outside the margin.",
-    Verdict.UNKNOWN: "Not decided: the interval of the difference reaches across the margin, or nothing can be compared.",
+    Verdict.UNKNOWN: "Not decided: the interval of the difference reaches across the margin.",
     Verdict.NONE: "A plain figure: nothing to compare it with was asked for.",
 }
 

@@ -34,6 +34,11 @@ class Cost:
             self.flops - earlier.flops,
         )
 
+    @classmethod
+    def of(cls, plain: dict[str, float]) -> Cost:
+        """The account that `asdict` wrote down."""
+        return cls(plain["seconds"], int(plain["steps"]), int(plain["rows"]), plain["flops"])
+
     def copy(self) -> Cost:
         """The present state."""
         return Cost(**asdict(self))

@@ -130,7 +130,7 @@ class _Loop:
         optimizer.zero_grad(set_to_none=True)
         loss = _globally(mean).value
         if loss.requires_grad:
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
         self._apply(optimizer)
         return loss.detach()
 
@@ -144,8 +144,8 @@ class _Loop:
             if not isinstance(mean, Mean):
                 raise EngramError("micro-batches need a step that returns one loss; leave out micro-batches")
             for k, (total, size) in enumerate(mean.terms):
-                found = torch.autograd.grad(total, params, retain_graph=True, allow_unused=True)
-                found = [torch.zeros_like(p) if g is None else g for p, g in zip(params, found, strict=True)]
+                parts = torch.autograd.grad(total, params, retain_graph=True, allow_unused=True)
+                found = [torch.zeros_like(p) if g is None else g for p, g in zip(params, parts, strict=True)]
                 if k == len(grads):
                     grads.append(found)
                     totals.append((total.detach(), float(size)))

@@ -129,7 +129,9 @@ def _linear_sums(module: nn.Module, inputs: Tensor, delta: Tensor, power: int) -
 
 
 def _conv_sums(module: nn.Conv2d, inputs: Tensor, delta: Tensor, power: int) -> dict[str, Tensor]:
-    patches = F.unfold(inputs, module.kernel_size, module.dilation, module.padding, module.stride)  # [B, c·k·k, L]
+    padding = module.padding
+    assert not isinstance(padding, str)  # _known() has seen to it
+    patches = F.unfold(inputs, module.kernel_size, module.dilation, padding, module.stride)  # [B, c·k·k, L]
     grads = torch.bmm(delta.flatten(2), patches.transpose(1, 2)).abs_()
     weight = grads.pow_(power).sum(0, dtype=torch.float64).view_as(module.weight)
     bias = delta.sum((2, 3)).abs().double().pow(power).sum(0)

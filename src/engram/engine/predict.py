@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -92,13 +93,17 @@ def _winners(logits: Tensor, classes: tuple[int, ...] | None) -> Tensor:
         mask = torch.ones(logits.shape[1], dtype=torch.bool)
         mask[[c for c in classes if c < logits.shape[1]]] = False
         logits = logits.masked_fill(mask, -torch.inf)
+    if not logits.shape[1]:
+        return torch.full((len(logits),), -2)
     best, winners = logits.max(1)
     return torch.where(torch.isneginf(best), -2, winners)
 
 
 def _reader(name: str) -> Reader:
-    if name == "loss":
-        return lambda output, batch: per_row(output.logits, batch.labels)
+    def loss(output: Any, batch: Batch) -> Tensor:
+        if batch.labels is None:
+            raise EngramError("a loss needs labels, and these rows have none")
+        return per_row(output.logits, batch.labels)
 
     def read(output: Any, batch: Batch) -> Tensor:
         value = getattr(output, name, None)
@@ -106,10 +111,9 @@ def _reader(name: str) -> Reader:
             raise EngramError(f"this model's output has no {name!r}")
         return value
 
-    return read
+    return loss if name == "loss" else read
 
 
 def _device(model: nn.Module) -> torch.device:
-    tensor = next(model.parameters(), None)
-    tensor = next(model.buffers(), None) if tensor is None else tensor
-    return torch.device("cpu") if tensor is None else tensor.device
+    tensors = itertools.chain(model.parameters(), model.buffers())
+    return next((tensor.device for tensor in tensors), torch.device("cpu"))

@@ -91,7 +91,7 @@ class Run:
             found = self.journal.load(self._path)
             if found is not None:
                 value, cost = found
-                self.cost.add(Cost(**cost))
+                self.cost.add(Cost.of(cost))
                 return value
             before = self.cost.copy()
             value = make()

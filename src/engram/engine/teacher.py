@@ -36,8 +36,8 @@ class EMA:
         for average, value in zip(self.model.parameters(), model.parameters(), strict=True):
             average.lerp_(value, 1 - keep)
         if self.buffers == "copy":
-            for average, value in zip(self.model.buffers(), model.buffers(), strict=True):
-                average.copy_(value)
+            for own, buffer in zip(self.model.buffers(), model.buffers(), strict=True):
+                own.copy_(buffer)
         self.updates += 1
 
     def state_dict(self) -> dict[str, object]:

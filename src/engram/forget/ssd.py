@@ -35,8 +35,8 @@ KIND = "importance of all training rows"
 class SSD(Forgetter):
     """`alpha`: how many times more a parameter must matter to the forget rows. `strength`: the paper's lambda, on which
     the factor of the selected depends; `exponent` sharpens it. `per_sample`: the Fisher per row (alpha 1 to 3), or the
-    published batch form (alpha 10). `batch_size` matters to the batch form. `loss`: "ce", or "norm" (squared norm of the
-    logits) with `power` 1, which needs no labels.
+    published batch form (alpha 10). `batch_size` matters to the batch form. `loss`: "ce", or "norm" (squared norm of
+    the logits) with `power` 1, which needs no labels.
 
     Cost: one forward and backward pass over the forget rows, and one over all rows unless `prepare` stored it.
     """
@@ -50,6 +50,11 @@ class SSD(Forgetter):
     power: int = 2
 
     processes: ClassVar[str] = "one"
+
+    @classmethod
+    def tiny(cls) -> SSD:
+        """A setting for checks on a handful of rows."""
+        return cls(alpha=1.0)
 
     @property
     def needs(self) -> Needs:

@@ -74,7 +74,7 @@ def logistic_attack(
         raise EngramError(f"the logistic attack wants 10 rows a side or more, got {size}")
     rows = np.concatenate([x[generator.permutation(len(x))[:size]] for x in sides]).clip(-clip, clip)
     member = np.repeat([1, 0], size)
-    folds = StratifiedShuffleSplit(splits, test_size=0.1, random_state=seed)
+    folds = StratifiedShuffleSplit(splits, test_size=0.1, random_state=seed % 2**32)
     accuracy = float(cross_val_score(LogisticRegression(), rows[:, None], member, cv=folds).mean())
     around = proportion(round(accuracy * 2 * size), 2 * size, level)
     return Estimate(accuracy, around.low, around.high, 2 * size)

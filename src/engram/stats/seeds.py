@@ -28,7 +28,7 @@ def uniform(rows: Tensor, *key: object, size: int = 1) -> Tensor:
     """
     counters = rows.cpu().numpy().astype(np.uint64)[:, None] * np.uint64(size) + np.arange(size, dtype=np.uint64)
     with np.errstate(over="ignore"):
-        x = np.uint64(derive(*key)) + (counters + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+        x: np.ndarray = np.uint64(derive(*key)) + (counters + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         x = x ^ (x >> np.uint64(31))
