@@ -1,0 +1,55 @@
+"""Small drawings as inline SVG: they take their colours from the page."""
+
+from __future__ import annotations
+
+from markupsafe import Markup
+
+from engram.core.finding import Finding
+
+WIDTH, HEIGHT = 220, 26
+SIDE = 132
+
+
+def range_bar(finding: Finding) -> Markup:
+    """The value with its interval, the oracles' values as ticks, and their mean ± margin as a band."""
+    points = [finding.value, *(finding.interval or ()), *finding.reference]
+    centre = sum(finding.reference) / len(finding.reference) if finding.reference else None
+    if centre is not None and finding.margin is not None:
+        points += [centre - finding.margin, centre + finding.margin]
+    low, high = min(points), max(points)
+    pad = 0.06 * (high - low) or 0.05
+    low, high = low - pad, high + pad
+
+    def x(value: float) -> float:
+        return round(4 + (WIDTH - 8) * (value - low) / (high - low), 1)
+
+    middle = HEIGHT / 2
+    parts = [f'<svg class="range" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{_label(finding)}">']
+    if centre is not None and finding.margin is not None:
+        left, right = x(centre - finding.margin), x(centre + finding.margin)
+        parts.append(f'<rect class="band" x="{left}" y="2" width="{max(right - left, 1):.1f}" height="{HEIGHT - 4}"/>')
+    parts += [f'<line class="oracle" x1="{x(v)}" x2="{x(v)}" y1="5" y2="{HEIGHT - 5}"/>' for v in finding.reference]
+    if finding.interval is not None:
+        parts.append(
+            f'<line class="interval" x1="{x(finding.interval[0])}" x2="{x(finding.interval[1])}" y1="{middle}" y2="{middle}"/>'
+        )
+    parts.append(f'<circle class="value" cx="{x(finding.value)}" cy="{middle}" r="4"/></svg>')
+    return Markup("".join(parts))
+
+
+def roc(finding: Finding) -> Markup:
+    """A ROC curve with its diagonal, or nothing."""
+    if "fpr" not in finding.curve:
+        return Markup("")
+    pairs = zip(finding.curve["fpr"], finding.curve["tpr"], strict=True)
+    points = " ".join(f"{4 + (SIDE - 8) * a:.1f},{SIDE - 4 - (SIDE - 8) * b:.1f}" for a, b in pairs)
+    return Markup(
+        f'<svg class="roc" viewBox="0 0 {SIDE} {SIDE}" role="img" aria-label="ROC curve, AUC {finding.value:.3f}">'
+        f'<rect x="4" y="4" width="{SIDE - 8}" height="{SIDE - 8}"/>'
+        f'<line x1="4" y1="{SIDE - 4}" x2="{SIDE - 4}" y2="4"/><polyline points="{points}"/></svg>'
+    )
+
+
+def _label(finding: Finding) -> str:
+    oracles = f", retrained models {min(finding.reference):.3f} to {max(finding.reference):.3f}" if finding.reference else ""
+    return f"{finding.value:.3f}{oracles}"
