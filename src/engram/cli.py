@@ -30,6 +30,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except EngramError as error:
         print(f"engram: {error}", file=sys.stderr)
         return EXIT_WRONG
+    except BrokenPipeError:  # the reader (head, less) has had enough
+        sys.stderr.close()
+        return 0
     except OSError as error:
         print(f"engram: {error.strerror or error}: {error.filename or ''}".rstrip(": "), file=sys.stderr)
         return EXIT_WRONG
@@ -61,11 +64,15 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--device", help="cpu, cuda, …")
     run.add_argument("--precision", choices=("float32", "bfloat16"))
     run.add_argument("--show-content", action="store_true", help="show the forgotten records in the report")
-    run.epilog = "Any value of the config can be set: --key.sub=value, as in --learners.network.epochs=5 (lists: --events.1…)."
+    run.epilog = (
+        "Any value of the config can be set: --key.sub=value, as in --learners.network.epochs=5 (lists: --events.1…)."
+    )
 
     papers = command("papers", _papers, "The papers that engram brings together, and what works.")
     papers.add_argument("--wing", help=", ".join(catalogue.WINGS))
-    methods = command("methods", _methods, "The methods, with what each cannot do without; or one method and its settings.")
+    methods = command(
+        "methods", _methods, "The methods, with what each cannot do without; or one method and its settings."
+    )
     methods.add_argument("method", nargs="?", help="one method, as in SSD or forget.Finetune: its settings")
     methods.add_argument("--wing", help=", ".join(catalogue.WINGS))
     methods.add_argument("--have", metavar="NEED,…", help="list what is possible with these, as in model,forget-rows")
@@ -79,7 +86,9 @@ def _parser() -> argparse.ArgumentParser:
     reproduce.add_argument("--out", metavar="FILE", help="write the claims as JSON")
 
     learn = command("learn", _learn, "Go on learning: a learner's directory takes in a new table.")
-    learn.add_argument("--learner", required=True, metavar="DIR", help="a learner's directory (DIR/models/NAME of a run)")
+    learn.add_argument(
+        "--learner", required=True, metavar="DIR", help="a learner's directory (DIR/models/NAME of a run)"
+    )
     predict = command("predict", _predict, "Predict the rows of a table with a saved model or learner.")
     predict.add_argument("--model", required=True, metavar="DIR")
     predict.add_argument("--batch-size", type=int, default=256)
@@ -208,7 +217,9 @@ def _reproduce(given: argparse.Namespace, rest: list[str]) -> int:
 def _learn(given: argparse.Namespace, rest: list[str]) -> None:
     from engram.core.onward import learn_more
 
-    learner, rows = learn_more(given.learner, given.data, given.out, seed=given.seed, device=given.device, **_columns(given))
+    learner, rows = learn_more(
+        given.learner, given.data, given.out, seed=given.seed, device=given.device, **_columns(given)
+    )
     text = {"learner": learner, "rows": rows, "directory": given.out}
     print(json.dumps(text) if given.json else f"{learner} took in {rows} rows; it stands in {given.out}")
 

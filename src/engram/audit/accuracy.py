@@ -42,7 +42,9 @@ class Accuracy(Probe):
 
     def examine(self, subject: Subject, run: Run | None = None) -> list[Finding]:
         run = run or Run()
-        tables = {name: labelled(table) for name, table in subject.rows.items() if self.rows is None or name in self.rows}
+        tables = {
+            name: labelled(table) for name, table in subject.rows.items() if self.rows is None or name in self.rows
+        }
         usable = {name: table for name, table in tables.items() if len(table) and table.target != Target.TOKENS}
         oracles = oracles_of(subject, self.oracles, run) if usable else []
         return [self._finding(name, table, subject.model, oracles, run) for name, table in usable.items()]
@@ -50,9 +52,16 @@ class Accuracy(Probe):
     def _finding(self, name: str, table: Table, model: nn.Module, oracles: list[nn.Module], run: Run) -> Finding:
         if table.target == Target.NUMBERS:
             error = mean(predict(model, table, "loss", run=run).double())
-            return Finding(f"squared error on {name} rows", error.value, len(table), (error.low, error.high), "lower", "")
+            return Finding(
+                f"squared error on {name} rows", error.value, len(table), (error.low, error.high), "lower", ""
+            )
         return compared(
-            f"accuracy on {name} rows", lambda m: _share(m, table, run), model, oracles, n=len(table), margin=self.margin
+            f"accuracy on {name} rows",
+            lambda m: _share(m, table, run),
+            model,
+            oracles,
+            n=len(table),
+            margin=self.margin,
         )
 
 

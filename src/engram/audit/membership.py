@@ -62,9 +62,17 @@ class Membership(Probe):
         common: dict[str, Any] = {"n": min(len(members), len(others)), "protocol": attack.protocol}
         model = subject.model
         found = [
-            compared("AUC of the threshold attack", attack.auc, model, oracles, unit="AUC", margin=self.margin, **common),
             compared(
-                f"TPR at {self.fpr:.0%} FPR", attack.rate(self.fpr), model, oracles, unit="rate", margin=self.margin, **common
+                "AUC of the threshold attack", attack.auc, model, oracles, unit="AUC", margin=self.margin, **common
+            ),
+            compared(
+                f"TPR at {self.fpr:.0%} FPR",
+                attack.rate(self.fpr),
+                model,
+                oracles,
+                unit="rate",
+                margin=self.margin,
+                **common,
             ),
         ]
         found[0] = Finding(**{**_fields(found[0]), "curve": attack.curve(model)})
@@ -105,7 +113,9 @@ class _Attack:
     def _scores(self, model: nn.Module) -> tuple[Tensor, Tensor]:
         """Scores that are higher for members."""
         reader = SCORES[self.score]
-        members, others = (predict(model, table, reader, run=self.run).double() for table in (self.members, self.others))
+        members, others = (
+            predict(model, table, reader, run=self.run).double() for table in (self.members, self.others)
+        )
         return members.clamp(-1e6, 1e6), others.clamp(-1e6, 1e6)  # a label whose class is not live has an infinite loss
 
 

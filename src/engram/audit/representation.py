@@ -33,10 +33,10 @@ PARTS = 10  # of a delete-a-group jackknife
 
 @dataclass(kw_only=True, eq=False)
 class Representation(Probe):
-    """CKA on forget, retain and test rows; k-NN and linear-probe transfer on the test rows and every "transfer/…" table.
+    """CKA on all rows; k-NN and linear-probe transfer on the test rows and on every "transfer/…" table.
 
-    `neighbours`: k of the cosine k-NN. `share`: of a table, what the probes are judged on. `limit`: rows of a table that
-    are looked at (drawn by seed). Cost: one forward pass per model and table; CKA O(n d²).
+    `neighbours`: k of the cosine k-NN. `share`: of a table, what the probes are judged on. `limit`: rows of a table
+    that are looked at (drawn by seed). Cost: one forward pass per model and table; CKA O(n d²).
     """
 
     neighbours: int = 5
@@ -81,9 +81,7 @@ class Representation(Probe):
         if subject.before is not None:
             old = look(subject.before, table)
             title = f"CKA with the model before forgetting on {name} rows"
-            found.append(
-                compared(title, lambda m: _cka([(look(m, table), old)]), subject.model, oracles, **common)
-            )
+            found.append(compared(title, lambda m: _cka([(look(m, table), old)]), subject.model, oracles, **common))
         return found
 
     def _transfer(

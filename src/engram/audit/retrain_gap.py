@@ -76,15 +76,24 @@ class RetrainGap(Probe):
         ]
         return [
             compared_pairwise(
-                name, measure, models[0], models[1:], n=n, unit=unit, margin=margin, protocol={"smaller or larger": better}
+                name,
+                measure,
+                models[0],
+                models[1:],
+                n=n,
+                unit=unit,
+                margin=margin,
+                protocol={"smaller or larger": better},
             )
             for name, measure, n, unit, margin, better in measures
         ]
 
 
 def tug_of_war(gaps: Sequence[float]) -> float:
-    """The product of (1 - gap); 1 is no gap at all. Forget .20 against .18, retain .99 against .985, test .90 against .92
-    give .955598."""
+    """The product of (1 - gap); 1 is no gap at all.
+
+    Forget .20 against .18, retain .99 against .985 and test .90 against .92 give .955598.
+    """
     return prod(1 - gap for gap in gaps)
 
 

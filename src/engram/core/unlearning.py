@@ -25,9 +25,11 @@ class GradientForgetter(Forgetter):
     """Gradient difference, if nothing is overridden: up on the forget rows, down on the retain rows.
 
     `retain_weight` 0 leaves the retain rows out, and then they are not needed. `retain_ratio`: retain rows per forget
-    row of a batch. A schedule moves once per epoch. Hooks: `params` (what is trained), `targets` (teacher outputs, computed once), `terms` (the loss of
-    a forget batch and its retain batch). An epoch is one pass over the forget rows. The model is trained in eval mode
-    unless `batch_statistics` is set: running statistics of batch normalisation then stay those of all the data.
+    row of a batch. An epoch is one pass over the forget rows; a schedule moves once per epoch. The model is trained in
+    eval mode unless `batch_statistics` is set, so that running statistics stay those of all the data.
+
+    Hooks: `params` (what is trained), `targets` (teacher outputs, computed once), `terms` (the loss of a forget batch
+    and its retain batch).
     """
 
     optimizer: Optimizer = field(default_factory=lambda: Optimizer(lr=1e-4))

@@ -20,8 +20,10 @@ from engram.engine.run import Run
 
 @dataclass(kw_only=True, eq=False)
 class Finetune(GradientForgetter):
-    """Go on training on the retain rows alone. It needs nothing of the forget rows; an epoch is one pass over the retain
-    rows. Cost: epochs times the retain rows, forward and backward."""
+    """Go on training on the retain rows alone; an epoch is one pass over them. It needs nothing of the forget rows.
+
+    Cost: epochs times the retain rows, forward and backward.
+    """
 
     optimizer: Optimizer = field(default_factory=lambda: Optimizer(lr=1e-3))
 

@@ -7,16 +7,17 @@ With r = log p(answer) - log p_ref(answer), sums over the answer's tokens, ref t
 
     L_NPO = (2 / beta) mean log(1 + exp(beta r))        [+ retain_weight * the usual loss of retain rows]
 
-Its gradient is that of the mean log-probability, weighted by 2 e^{beta r} / (1 + e^{beta r}): 1 at the start, 0 once the
-answer has become unlikely. beta -> 0 is gradient ascent.
+Its gradient is that of the mean log-probability, weighted by 2 e^{beta r} / (1 + e^{beta r}): 1 at the start, 0 once
+the answer has become unlikely. beta -> 0 is gradient ascent.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
-import torch.nn.functional as F  # noqa: N812
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from engram.core.forgetter import rows
 from engram.core.request import Request
@@ -45,16 +46,15 @@ class NPO(GradientForgetter):
         return cls(beta=0.5, optimizer=Optimizer(lr=1e-3), epochs=2, batch_size=8)
 
     def targets(self, model: nn.Module, request: Request, run: Run) -> None:
-        self.reference: RowCache = cached(
-            model,
-            rows(request.forget),
-            lambda output, batch: sequence_logp(output.logits, batch.labels),
-            run,
-            "reference log-probabilities",
-        )
+        self.reference: RowCache = cached(model, rows(request.forget), _logp, run, "reference log-probabilities")
 
     def terms(self, model: nn.Module, forget: Batch, retain: Batch | None) -> Mean:
         assert forget.labels is not None
         ratio = sequence_logp(model(**forget.inputs).logits, forget.labels) - self.reference(forget)
         loss = (2 / self.beta) * Mean.of(F.softplus(self.beta * ratio))
         return loss if retain is None else loss + self.retain_weight * usual_loss(model, retain)
+
+
+def _logp(output: Any, batch: Batch) -> Tensor:
+    assert batch.labels is not None
+    return sequence_logp(output.logits, batch.labels)

@@ -30,9 +30,8 @@ def range_bar(finding: Finding) -> Markup:
         parts.append(f'<rect class="band" x="{left}" y="2" width="{max(right - left, 1):.1f}" height="{HEIGHT - 4}"/>')
     parts += [f'<line class="oracle" x1="{x(v)}" x2="{x(v)}" y1="5" y2="{HEIGHT - 5}"/>' for v in finding.reference]
     if finding.interval is not None:
-        parts.append(
-            f'<line class="interval" x1="{x(finding.interval[0])}" x2="{x(finding.interval[1])}" y1="{middle}" y2="{middle}"/>'
-        )
+        ends = f'x1="{x(finding.interval[0])}" x2="{x(finding.interval[1])}"'
+        parts.append(f'<line class="interval" {ends} y1="{middle}" y2="{middle}"/>')
     parts.append(f'<circle class="value" cx="{x(finding.value)}" cy="{middle}" r="4"/></svg>')
     return Markup("".join(parts))
 
@@ -51,5 +50,7 @@ def roc(finding: Finding) -> Markup:
 
 
 def _label(finding: Finding) -> str:
-    oracles = f", retrained models {min(finding.reference):.3f} to {max(finding.reference):.3f}" if finding.reference else ""
+    oracles = (
+        f", retrained models {min(finding.reference):.3f} to {max(finding.reference):.3f}" if finding.reference else ""
+    )
     return f"{finding.value:.3f}{oracles}"

@@ -33,14 +33,18 @@ def write_report(directory: str | Path, *, show_content: bool = False) -> Path:
     records = _json(folder / EVENTS)
     config = (folder / CONFIG).read_text()
     learners = list(dict.fromkeys(record["learner"] for record in records))
-    page = _environment().get_template("report.html").render(
-        title=_title(config),
-        learners=[_learner(name, [r for r in records if r["learner"] == name]) for name in learners],
-        requests=_requests(records, learners),
-        steps=[r for r in records if r["learner"] == learners[0]] if learners else [],
-        environment=_json(folder / ENVIRONMENT),
-        config=config,
-        contents=_contents(config, records) if show_content else [],
+    page = (
+        _environment()
+        .get_template("report.html")
+        .render(
+            title=_title(config),
+            learners=[_learner(name, [r for r in records if r["learner"] == name]) for name in learners],
+            requests=_requests(records, learners),
+            steps=[r for r in records if r["learner"] == learners[0]] if learners else [],
+            environment=_json(folder / ENVIRONMENT),
+            config=config,
+            contents=_contents(config, records) if show_content else [],
+        )
     )
     write_atomic(folder / REPORT, page)
     return folder / REPORT
@@ -120,7 +124,11 @@ def _metrics(learnt: Sequence[Record]) -> list[tuple[str, float, str]]:
         ("final accuracy, sample mean", continual.sample_accuracy(matrix, sizes), "over all test rows at the end"),
         ("average incremental accuracy", continual.average_incremental(matrix), "task mean, averaged over the stream"),
         ("forgetting", continual.forgetting(matrix), "largest earlier accuracy minus the last, mean over old tasks"),
-        ("backward transfer", continual.backward_transfer(matrix), "last accuracy minus the first, mean over old tasks"),
+        (
+            "backward transfer",
+            continual.backward_transfer(matrix),
+            "last accuracy minus the first, mean over old tasks",
+        ),
     ]
 
 
@@ -215,5 +223,3 @@ def _json(path: Path) -> Any:
         return json.loads(path.read_text())
     except ValueError as error:
         raise EngramError(f"{path} cannot be read: {error}") from error
-
-
