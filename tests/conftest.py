@@ -25,6 +25,8 @@ import numpy as np
 import pytest
 import torch
 
+from engram.data.table import Table
+
 torch.set_num_threads(1)
 
 hypothesis.settings.register_profile("engram", max_examples=25, deadline=None)
@@ -93,3 +95,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         for name in lacking.keys() & {marker.name for marker in item.iter_markers()}:
             item.add_marker(pytest.mark.skip(reason=lacking[name]))
+
+
+@pytest.fixture(scope="session")
+def split() -> tuple[Table, Table]:
+    """Handwritten digits: 1257 training and 540 test rows, pixels / 16."""
+    from engram.reproduce.digits import digits
+
+    return digits()
