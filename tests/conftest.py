@@ -25,6 +25,8 @@ import numpy as np
 import pytest
 import torch
 
+import engram.core.running
+import engram.report.page  # noqa: F401 - libraries that draw a random number as they are imported do so now
 from engram.data.table import Table
 
 torch.set_num_threads(1)

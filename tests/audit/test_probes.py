@@ -1,4 +1,4 @@
-"""Probes on planted cases: an untouched model, one more oracle, an edit of the last layer alone, and requests too small."""
+"""Probes on planted cases: an untouched model, one more oracle, an edit of the last layer alone, too small a request."""
 
 from __future__ import annotations
 
@@ -69,9 +69,14 @@ def test_an_untouched_model_fails(subject: Subject, run: Run) -> None:
 def test_one_more_oracle_passes_where_rows_suffice(oracle: Subject, run: Run) -> None:
     accuracies = found(Accuracy(), oracle, run)
     assert accuracies["accuracy on retain rows"].verdict == Verdict.PASS
-    everything = [*accuracies.values(), *found(RetrainGap(), oracle, run).values(), *found(Membership(), oracle, run).values()]
+    everything = [
+        *accuracies.values(),
+        *found(RetrainGap(), oracle, run).values(),
+        *found(Membership(), oracle, run).values(),
+    ]
     assert Verdict.FAIL not in [finding.verdict for finding in everything]
-    assert found(RetrainGap(), oracle, run)["activation distance on forget rows"].verdict == Verdict.PASS
+    assert found(RetrainGap(), oracle, run)["mean accuracy gap"].verdict == Verdict.PASS
+    assert found(Representation(), oracle, run)["CKA with retrained models on forget rows"].verdict == Verdict.PASS
 
 
 def test_few_records_are_unknown_and_say_how_many_would_do(split: Split, run: Run) -> None:
@@ -107,7 +112,7 @@ def test_membership_tells_an_overfitted_model(split: Split) -> None:
     attacks = found(Membership(), Subject(model, rows={"forget": train, "test": test}), Run())
     assert attacks["AUC of the threshold attack"].value > 0.9
     assert attacks["accuracy of the logistic attack"].value > 0.8
-    assert attacks["TPR at 1% FPR"].value > 0.3
+    assert attacks["TPR at 1% FPR"].value > 0.1
     curve = attacks["AUC of the threshold attack"].curve
     assert curve["fpr"] == sorted(curve["fpr"])
 
@@ -128,7 +133,7 @@ def test_an_edit_of_the_last_layer_does_not_fool_the_representation(subject: Sub
     case = _with(subject, edited)
     accuracies = found(Accuracy(), case, run)
     assert accuracies["accuracy on forget rows"].value == 0
-    looks = found(Representation(), case, run)
+    looks = found(Representation(margin=0.02), case, run)
     for rows in ("forget", "retain", "test"):
         assert looks[f"CKA with the model before forgetting on {rows} rows"].value == pytest.approx(1, abs=1e-6)
     assert looks["CKA with the model before forgetting on forget rows"].verdict == Verdict.FAIL

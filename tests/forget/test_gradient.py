@@ -57,7 +57,7 @@ def test_retraining_is_the_recipe_on_the_rest(model: nn.Module, request_of_three
 
 
 def test_difference_keeps_what_ascent_ruins(model: nn.Module, request_of_three: Request, split: Split) -> None:
-    difference = GradientDifference(optimizer=FAST, epochs=5, retain_weight=2.0, retain_ratio=3).forget(model, request_of_three)
+    difference = GradientDifference(optimizer=FAST, epochs=8, retain_ratio=3).forget(model, request_of_three)
     ascent = GradientAscent(optimizer=FAST, epochs=20).forget(model, request_of_three)
     forgotten, kept = scores(difference, split)
     assert forgotten < 0.1
@@ -127,7 +127,7 @@ def npo_loss(beta: float, ratios: Tensor) -> Tensor:
     values = logp - torch.log1p(-logp.exp())
     batch = table.batch(torch.arange(len(ratios)))
     method.targets(reference, Request.of_records(table, table.ids), Run())
-    return method.terms(Given(values), batch, None).value
+    return method.terms(Given(values), batch, None).value.detach()
 
 
 @holds("npo", 1)

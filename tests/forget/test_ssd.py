@@ -63,7 +63,9 @@ def test_the_clamp_binds_only_above_alpha(model: nn.Module, request_of_three: Re
 
 
 @holds("ssd", 3)
-def test_strength_zero_zeroes_exactly_what_is_selected(model: nn.Module, request_of_three: Request, split: Split) -> None:
+def test_strength_zero_zeroes_exactly_what_is_selected(
+    model: nn.Module, request_of_three: Request, split: Split
+) -> None:
     alpha = 2.0
     new = SSD(alpha=alpha, strength=0.0).forget(model, request_of_three)
     assert request_of_three.forget is not None
@@ -161,7 +163,9 @@ def test_batch_form_equals_a_plain_transcription(
         torch.testing.assert_close(dampened.detach(), expected, rtol=0, atol=1e-6)
 
 
-def test_stored_statistics_do_instead_of_the_retain_rows(model: nn.Module, split: Split, request_of_three: Request) -> None:
+def test_stored_statistics_do_instead_of_the_retain_rows(
+    model: nn.Module, split: Split, request_of_three: Request
+) -> None:
     method = SSD(alpha=2.0)
     stored = method.prepare(model, split[0])
     assert set(stored) == {KIND}
@@ -173,7 +177,9 @@ def test_stored_statistics_do_instead_of_the_retain_rows(model: nn.Module, split
 
 def test_without_labels_by_the_norm_of_the_logits(model: nn.Module, request_of_three: Request) -> None:
     assert request_of_three.forget is not None and request_of_three.retain is not None
-    bare = request_of_three.but(forget=request_of_three.forget.unlabelled(), retain=request_of_three.retain.unlabelled())
+    bare = request_of_three.but(
+        forget=request_of_three.forget.unlabelled(), retain=request_of_three.retain.unlabelled()
+    )
     with pytest.raises(EngramError, match="forget-labels"):
         SSD().forget(model, bare)
     new = SSD(loss="norm", power=1, alpha=1.5).forget(model, bare)

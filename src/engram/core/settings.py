@@ -67,7 +67,7 @@ def _typed(cls: type, given: dict[str, Any]) -> dict[str, Any]:
     names = {field.name for field in dataclasses.fields(cls)}
     parser.add_class_arguments(cls, None, skip=names - set(given), fail_untyped=False)
     try:
-        parsed = parser.instantiate_classes(parser.parse_object(given))
+        parsed = parser.instantiate(parser.parse_object(given))
     except ArgumentError as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise EngramError(f"{cls.__name__}: {lines[0]} {lines[-1] if len(lines) > 1 else ''}".strip()) from error

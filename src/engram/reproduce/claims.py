@@ -21,8 +21,8 @@ SEEDS = {"smoke": 1, "small": 3, "full": 5}
 
 @dataclass(frozen=True)
 class Claim:
-    """`says`: the claim. `paper`: the paper's figure, in words. `band`: where the mean over seeds is expected here, ends
-    included. `values`: what was measured, one value per seed."""
+    """`says`: the claim. `paper`: the paper's figure, in words. `band`: where the mean over seeds is expected here,
+    ends included. `values`: what was measured, one value per seed."""
 
     says: str
     paper: str
