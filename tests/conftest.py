@@ -26,7 +26,7 @@ import pytest
 import torch
 
 import engram.core.running
-import engram.report.page  # noqa: F401 - libraries that draw a random number as they are imported do so now
+import engram.report.page  # noqa: F401
 from engram.data.table import Table
 
 torch.set_num_threads(1)

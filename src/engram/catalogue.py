@@ -2,7 +2,7 @@
 
 A paper's row says what it claims and which classes implement it. A method's row says what it cannot do
 without: `needs` are alternatives, any ONE of the sets is enough, and `variants` the needs of other settings
-than the default. A test compares the rows with the classes. Other packages add rows by entry points of the
+than the default, each written as "setting=value". A test compares the rows with the classes. Other packages add rows by entry points of the
 group `engram.methods`: each names a `Method` or a tuple of them, best kept in a module that imports this one
 alone.
 """
@@ -722,8 +722,9 @@ METHODS: tuple[Method, ...] = (
         "keep",
         "engram.keep.nmc",
         "nearest class mean of frozen features; forgets exactly",
-        _needs("backbone"),
+        _needs(""),
         paper="nmc-baseline",
+        variants=(("backbone=NAME", _needs("backbone")),),
         exact=True,
     ),
     Method(
@@ -731,16 +732,18 @@ METHODS: tuple[Method, ...] = (
         "keep",
         "engram.keep.fetril",
         "linear head on new features and on their translations to old class means",
-        _needs("backbone boundaries"),
+        _needs("boundaries"),
         paper="fetril",
+        variants=(("backbone=NAME", _needs("backbone boundaries")),),
     ),
     Method(
         "keep.ACU",
         "keep",
         "engram.keep.acu",
         "ridge regression on frozen random features; learns and forgets in closed form, exactly",
-        _needs("backbone"),
+        _needs(""),
         paper="acu",
+        variants=(("backbone=NAME", _needs("backbone")),),
         exact=True,
     ),
     Method(
@@ -771,6 +774,16 @@ METHODS: tuple[Method, ...] = (
         "engram.keep.joint",
         "trains anew on all rows seen so far: the upper bound",
         _needs(""),
+        exact=True,
+    ),
+    Method(
+        "keep.JointHead",
+        "keep",
+        "engram.keep.joint",
+        "a linear classifier on the frozen features of all rows seen so far; forgets exactly",
+        _needs(""),
+        variants=(("backbone=NAME", _needs("backbone")),),
+        exact=True,
     ),
     Method(
         "keep.TAME",
@@ -822,16 +835,16 @@ METHODS: tuple[Method, ...] = (
         "forget",
         "engram.forget.npo",
         "makes the forget texts less likely than the model before did, with a bounded gradient",
-        _needs("forget-rows forget-labels"),
+        _needs("forget-rows forget-labels retain-rows retain-labels"),
         paper="npo",
-        variants=(("with a retain term", _needs("forget-rows forget-labels retain-rows retain-labels")),),
+        variants=(("retain_weight=0", _needs("forget-rows forget-labels")),),
     ),
     Method(
         "audit.Accuracy",
         "audit",
         "engram.audit.accuracy",
         "accuracy on forget, retain and test rows, beside the oracles'",
-        _needs("model test"),
+        _needs("model"),
     ),
     Method(
         "audit.Membership",
@@ -845,7 +858,7 @@ METHODS: tuple[Method, ...] = (
         "audit",
         "engram.audit.representation",
         "what the representation still holds: CKA, nearest neighbours and linear probes",
-        _needs("model forget retain test"),
+        _needs("model"),
         paper="are-we-truly-forgetting",
     ),
     Method(
@@ -853,6 +866,6 @@ METHODS: tuple[Method, ...] = (
         "audit",
         "engram.audit.retrain_gap",
         "how far every figure lies from that of models retrained without the forget rows",
-        _needs("model forget retain test oracles"),
+        _needs("model forget retain test"),
     ),
 )
