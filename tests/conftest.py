@@ -16,6 +16,7 @@ os.environ.update(
     MPLBACKEND="Agg",
 )
 
+import importlib
 import random
 import shutil
 from collections.abc import Callable, Iterator
@@ -25,11 +26,11 @@ import numpy as np
 import pytest
 import torch
 
-import engram.core.running
-import engram.report.page  # noqa: F401
 from engram.data.table import Table
 
 torch.set_num_threads(1)
+for library in ("sklearn.model_selection", "engram.core.running", "engram.report.page"):
+    importlib.import_module(library)  # some draw a random number as they are imported: not in the middle of a test
 
 hypothesis.settings.register_profile("engram", max_examples=25, deadline=None)
 hypothesis.settings.register_profile("ci", max_examples=25, deadline=None, derandomize=True)

@@ -1,4 +1,4 @@
-"""Probes on planted cases: an untouched model, one more oracle, an edit of the last layer alone, too small a request."""
+"""Probes on planted cases: an untouched model, one more oracle, an edit of the last layer alone, a small request."""
 
 from __future__ import annotations
 
