@@ -184,12 +184,16 @@ def test_a_setting_other_than_the_default_may_do() -> None:
 
 def test_what_needs_nothing_is_always_possible() -> None:
     usable = {row.method.name for row in possible([], "keep") if row.usable}
-    assert usable == {"keep.Finetune", "keep.Replay", "keep.Joint", "keep.TAME"}
+    assert usable == {f"keep.{name}" for name in ("NMC", "ACU", "Finetune", "Replay", "Joint", "JointHead", "TAME")}
 
 
 def test_rows_of_a_request_serve_probes_too() -> None:
     rows = possible(["model", "test", "forget-rows"], "audit")
-    assert {row.method.name for row in rows if row.usable} == {"audit.Accuracy", "audit.Membership"}
+    assert {row.method.name for row in rows if row.usable} == {
+        "audit.Accuracy",
+        "audit.Membership",
+        "audit.Representation",
+    }
 
 
 def test_a_recipe_makes_oracles_for_a_probe_but_not_for_a_forgetter() -> None:

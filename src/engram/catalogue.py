@@ -1,9 +1,9 @@
 """The papers and the methods, as plain data: the only list of them. Importing it imports nothing heavy.
 
 A paper's row says what it claims and which classes implement it. A method's row says what it cannot do without: `needs`
-are alternatives, any ONE of the sets is enough, and `variants` the needs of other settings, each written
-as "setting=value". A test compares the rows with the classes. Other packages add rows by entry points of the group
-`engram.methods`: each names a `Method` or a tuple of them, best kept in a module that imports this one alone.
+are alternatives, any ONE of the sets is enough, and `variants` the needs of other settings than the default, each
+written as "setting=value". A test compares the rows with the classes. Other packages add rows by entry points of the
+group `engram.methods`: each names a `Method` or a tuple of them, best kept in a module that imports this one alone.
 """
 
 from __future__ import annotations
@@ -865,6 +865,6 @@ METHODS: tuple[Method, ...] = (
         "audit",
         "engram.audit.retrain_gap",
         "how far every figure lies from that of models retrained without the forget rows",
-        _needs("model forget retain test"),
+        _needs("model forget retain test oracles"),
     ),
 )

@@ -37,7 +37,7 @@ class RetrainGap(Probe):
     margin: float = MARGINS["accuracy"]
     distance_margin: float = MARGINS["distance"]
 
-    asks: ClassVar[frozenset[str]] = frozenset({"model", "forget", "retain", "test"})
+    asks: ClassVar[frozenset[str]] = frozenset({"model", "forget", "retain", "test", "oracles"})
 
     @classmethod
     def tiny(cls) -> RetrainGap:
@@ -50,8 +50,6 @@ class RetrainGap(Probe):
         if any(table.target != Target.CLASSES or not len(table) for table in tables.values()):
             return []
         models = [subject.model, *oracles_of(subject, self.oracles, run)]
-        if len(models) < 2:
-            return []
         known = {id(model): _Outputs(model, tables, run) for model in models}
         forget, everything = len(tables["forget"]), min(map(len, tables.values()))
 

@@ -55,11 +55,12 @@ def examine(
     classes: Sequence[int] | None = None,
     oracles: Sequence[nn.Module] = (),
     recipe: Trainer | None = None,
-    probes: Iterable[str | Mapping[str, Any] | Probe] = PROBES,
+    probes: Iterable[str | Mapping[str, Any] | Probe] | None = None,
     run: Run | None = None,
 ) -> list[Finding]:
     """What probes find in a model. Verdicts need at least five `oracles` (models retrained without the forget rows), or
-    a `recipe` to train them with; without, they are unknown. EngramError if a probe asks for what is not given."""
+    a `recipe` to train them with; without, they are unknown. `probes`: None takes Accuracy, Membership and RetrainGap,
+    as far as they can do with what is given. EngramError if a probe that was named asks for what is not given."""
     rows = {
         name: table for name, table in (("forget", forget), ("retain", retain), ("test", test)) if table is not None
     }
@@ -69,7 +70,10 @@ def examine(
     request = request_for(forget, retain, classes, {}) if forget is not None else None
     subject = Subject(model, before=before, request=request, rows=rows, recipe=recipe, oracles=tuple(oracles))
     run = run or Run()
-    asked = [probe if isinstance(probe, Probe) else make(probe, wing="audit") for probe in probes]
+    named = PROBES if probes is None else probes
+    asked = [probe if isinstance(probe, Probe) else make(probe, wing="audit") for probe in named]
+    if probes is None:
+        asked = [probe for probe in asked if probe.asks <= subject.has()]
     for probe in asked:
         probe.check(subject)
     return [finding for probe in asked for finding in probe.examine(subject, run)]

@@ -13,6 +13,7 @@ from engram.data.table import Batch
 from engram.models.heads import LinearHead, ValueHead
 
 RowLoss = Callable[[Tensor, Tensor | None], Tensor]  # (logits [B, …], labels) -> loss of every row [B]
+PATCHES = 8  # rows whose patches are laid out at once
 CHUNK = 32  # rows per vmap: larger chunks were slower and larger
 
 
@@ -129,13 +130,26 @@ def _linear_sums(module: nn.Module, inputs: Tensor, delta: Tensor, power: int) -
 
 
 def _conv_sums(module: nn.Conv2d, inputs: Tensor, delta: Tensor, power: int) -> dict[str, Tensor]:
+    total = torch.zeros_like(module.weight, dtype=torch.float64).flatten(1)
+    for part, grads in zip(inputs.split(PATCHES), delta.split(PATCHES), strict=True):
+        per_row = torch.bmm(grads.flatten(2), _patches(module, part).transpose(1, 2))  # [b, out, in·k·k]
+        total += per_row.abs_().pow_(power).sum(0)
+    bias = delta.sum((2, 3)).abs().double().pow(power).sum(0)
+    return _present(module, total.reshape(module.weight.shape), bias)
+
+
+def _patches(module: nn.Conv2d, inputs: Tensor) -> Tensor:
+    """What every output position looks at, [b, in·k·k, positions]: one copy of a strided view, several times as fast as
+    `unfold`, and in few rows at a time, so that it stays in the cache."""
     padding = module.padding
     assert not isinstance(padding, str)  # _known() has seen to it
-    patches = F.unfold(inputs, module.kernel_size, module.dilation, padding, module.stride)  # [B, c·k·k, L]
-    grads = torch.bmm(delta.flatten(2), patches.transpose(1, 2)).abs_()
-    weight = grads.pow_(power).sum(0, dtype=torch.float64).view_as(module.weight)
-    bias = delta.sum((2, 3)).abs().double().pow(power).sum(0)
-    return _present(module, weight, bias)
+    padded = F.pad(inputs, (padding[1], padding[1], padding[0], padding[0]))
+    (kh, kw), (dh, dw), (sh, sw) = module.kernel_size, module.dilation, module.stride
+    height = (padded.shape[2] - dh * (kh - 1) - 1) // sh + 1
+    width = (padded.shape[3] - dw * (kw - 1) - 1) // sw + 1
+    b, c, y, x = padded.stride()
+    shape = (len(inputs), inputs.shape[1], kh, kw, height, width)
+    return padded.as_strided(shape, (b, c, y * dh, x * dw, y * sh, x * sw)).reshape(len(inputs), -1, height * width)
 
 
 def _norm_sums(module: nn.Module, inputs: Tensor, delta: Tensor, power: int) -> dict[str, Tensor]:

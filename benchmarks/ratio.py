@@ -1,0 +1,69 @@
+"""Two arms, interleaved, one thread: the ratio of their medians, with the spread of the paired ratios."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+REPEATS = 5
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """`baseline` seconds over `ours` seconds (above 1: ours is faster), or the inverse where `cost` is set."""
+
+    name: str
+    value: float
+    low: float
+    high: float
+    bound: str = ""
+    holds: bool | None = None
+
+    def line(self) -> str:
+        """One line of the table."""
+        verdict = "" if self.holds is None else ("holds" if self.holds else "DOES NOT HOLD")
+        return f"{self.name:<72} {self.value:>8.2f}x  [{self.low:.2f}, {self.high:.2f}]  {self.bound:<10} {verdict}"
+
+
+def seconds(act: Callable[[], object]) -> float:
+    """CPU seconds of one call: other processes on the machine do not count."""
+    start = time.process_time()
+    act()
+    return time.process_time() - start
+
+
+def speedup(
+    name: str,
+    ours: Callable[[], object],
+    baseline: Callable[[], object],
+    *,
+    least: float | None = None,
+    repeats: int = REPEATS,
+) -> Ratio:
+    """How many times faster `ours` is than `baseline`; `least`: the bound that is claimed."""
+    pairs = _paired(ours, baseline, repeats)
+    ratios = pairs[:, 1] / pairs[:, 0]
+    value = float(np.median(pairs[:, 1]) / np.median(pairs[:, 0]))
+    bound = "" if least is None else f">= {least:g}"
+    return Ratio(
+        name, value, float(ratios.min()), float(ratios.max()), bound, None if least is None else value >= least
+    )
+
+
+def overhead(
+    name: str, ours: Callable[[], object], baseline: Callable[[], object], *, most: float, repeats: int = REPEATS
+) -> Ratio:
+    """How many times the baseline's time `ours` takes; `most`: the bound that is claimed."""
+    pairs = _paired(ours, baseline, repeats)
+    ratios = pairs[:, 0] / pairs[:, 1]
+    value = float(np.median(pairs[:, 0]) / np.median(pairs[:, 1]))
+    return Ratio(name, value, float(ratios.min()), float(ratios.max()), f"<= {most:g}", value <= most)
+
+
+def _paired(ours: Callable[[], object], baseline: Callable[[], object], repeats: int) -> np.ndarray:
+    """CPU seconds [repeats, 2], interleaved, after one call of each that does not count."""
+    ours(), baseline()
+    return np.array([[seconds(ours), seconds(baseline)] for _ in range(repeats)])
