@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 REPEATS = 5
+Act = Callable[[], object]
 
 
 @dataclass(frozen=True)
@@ -28,21 +29,14 @@ class Ratio:
         return f"{self.name:<72} {self.value:>8.2f}x  [{self.low:.2f}, {self.high:.2f}]  {self.bound:<10} {verdict}"
 
 
-def seconds(act: Callable[[], object]) -> float:
+def seconds(act: Act) -> float:
     """CPU seconds of one call: other processes on the machine do not count."""
     start = time.process_time()
     act()
     return time.process_time() - start
 
 
-def speedup(
-    name: str,
-    ours: Callable[[], object],
-    baseline: Callable[[], object],
-    *,
-    least: float | None = None,
-    repeats: int = REPEATS,
-) -> Ratio:
+def speedup(name: str, ours: Act, baseline: Act, *, least: float | None = None, repeats: int = REPEATS) -> Ratio:
     """How many times faster `ours` is than `baseline`; `least`: the bound that is claimed."""
     pairs = _paired(ours, baseline, repeats)
     ratios = pairs[:, 1] / pairs[:, 0]
@@ -53,9 +47,7 @@ def speedup(
     )
 
 
-def overhead(
-    name: str, ours: Callable[[], object], baseline: Callable[[], object], *, most: float, repeats: int = REPEATS
-) -> Ratio:
+def overhead(name: str, ours: Act, baseline: Act, *, most: float, repeats: int = REPEATS) -> Ratio:
     """How many times the baseline's time `ours` takes; `most`: the bound that is claimed."""
     pairs = _paired(ours, baseline, repeats)
     ratios = pairs[:, 0] / pairs[:, 1]
@@ -63,7 +55,7 @@ def overhead(
     return Ratio(name, value, float(ratios.min()), float(ratios.max()), f"<= {most:g}", value <= most)
 
 
-def _paired(ours: Callable[[], object], baseline: Callable[[], object], repeats: int) -> np.ndarray:
+def _paired(ours: Act, baseline: Act, repeats: int) -> np.ndarray:
     """CPU seconds [repeats, 2], interleaved, after one call of each that does not count."""
     ours(), baseline()
     return np.array([[seconds(ours), seconds(baseline)] for _ in range(repeats)])

@@ -22,8 +22,8 @@ from engram.models.io import digest
 class FeatureCache:
     """A trace on disk: one file per (weights, rows). The ids stand in each file, so that a request can be carried out.
 
-    The weights hold the preprocessing too (means and deviations are buffers), and the rows' digest covers their contents:
-    a change of any of them gives another file.
+    The weights hold the preprocessing too (means and deviations are buffers), and the rows' digest covers their
+    contents: a change of any of them gives another file.
     """
 
     def __init__(self, directory: str | Path) -> None:
