@@ -52,7 +52,7 @@ types: develop
 	$(BIN)/mypy src
 
 docs: $(VENV)/.engram-docs
-	$(BIN)/mkdocs build --strict
+	PYTHONPATH=. DISABLE_MKDOCS_2_WARNING=true $(BIN)/mkdocs build --strict
 
 install: $(VENV)/.engram-core
 develop: $(VENV)/.engram-dev

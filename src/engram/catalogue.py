@@ -46,7 +46,11 @@ Needs = tuple[frozenset[str], ...]
 
 @dataclass(frozen=True)
 class Paper:
-    """One paper. `year` is that of its first arXiv version, `claim` what it says, in one line."""
+    """One paper. `year` is that of its first arXiv version, `claim` what it says, in one line.
+
+    `status` "works": its classes are in the conformance suite, each of the `holds` things is proved by a test, and
+    `engram reproduce` measures its claims.
+    """
 
     slug: str
     title: str
@@ -56,6 +60,7 @@ class Paper:
     claim: str
     classes: tuple[str, ...]
     status: str = "planned"
+    holds: int = 0  # how many things must hold by the paper; each is named by a test
 
 
 @dataclass(frozen=True)
@@ -344,6 +349,8 @@ PAPERS: tuple[Paper, ...] = (
         "a linear head on new features and on their translations to old class "
         "means keeps old classes without exemplars",
         ("keep.FeTrIL",),
+        status="works",
+        holds=6,
     ),
     Paper(
         "rehearsal-free",
@@ -354,6 +361,8 @@ PAPERS: tuple[Paper, ...] = (
         "distillation and parameter penalties, well combined, keep old classes "
         "without rehearsal; plain L2 can beat EWC",
         ("keep.RehearsalFree",),
+        status="works",
+        holds=5,
     ),
     Paper(
         "napa-vq",
@@ -399,6 +408,8 @@ PAPERS: tuple[Paper, ...] = (
         "keep",
         "the nearest class mean of frozen pretrained features competes with elaborate continual learning methods",
         ("keep.NMC",),
+        status="works",
+        holds=6,
     ),
     Paper(
         "dependency-preserving-hypernetworks",
@@ -494,6 +505,8 @@ PAPERS: tuple[Paper, ...] = (
         "keep",
         "with a least-squares head, learning and forgetting are closed-form updates, and the forgetting is exact",
         ("keep.ACU",),
+        status="works",
+        holds=7,
     ),
     Paper(
         "bt2",
@@ -540,6 +553,8 @@ PAPERS: tuple[Paper, ...] = (
         "forget",
         "shrinking the weights that matter far more to the forget set than to all data forgets without retraining",
         ("forget.SSD",),
+        status="works",
+        holds=8,
     ),
     Paper(
         "deep-regression-unlearning",

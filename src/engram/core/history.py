@@ -34,7 +34,11 @@ class History:
 
     def learn(self, table: Table, seed: int, run: Run | None = None) -> Learner:
         """The learner itself, with its traces. EngramError if no row is left."""
-        run = (run or Run()).with_seed(seed)
+        run = run or Run()
+        with run.scope("history"):  # its checkpoints stand beside those of other replays of the same run and seed
+            return self._replay(table, run.with_seed(seed))
+
+    def _replay(self, table: Table, run: Run) -> Learner:
         twin = fresh(self.learner)
         for task in self.tasks:
             left = task.without(set(task.train.ids) - table.positions.keys())

@@ -54,5 +54,6 @@ def _instead(name: str, have: frozenset[Need]) -> str:
     from engram.catalogue import possible
 
     wing = name.split(".")[0] if "." in name else "forget"
-    able = [option.method.name for option in possible({str(need) for need in have}, wing) if option.usable]
+    options = [option for option in possible({str(need) for need in have}, wing) if option.usable]
+    able = [option.method.name + (f" ({option.setting})" if option.setting else "") for option in options]
     return f"with what is at hand one can use {', '.join(able)}" if able else "no method of the catalogue does without"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -41,17 +42,22 @@ def load_learner(directory: str | Path) -> tuple[Learner, int]:
     folder = Path(directory)
     if not (folder / LEARNER).exists():
         raise EngramError(f"{folder} holds no learner ({LEARNER} is missing)")
-    try:
-        entry = json.loads((folder / LEARNER).read_text())
-        state = unflatten(entry["state"], load_file(folder / TRACES))
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise EngramError(f"the learner in {folder} cannot be read: {error}") from error
-    if entry["format"] != FORMAT:
-        raise EngramError(f"{folder / LEARNER} has format {entry['format']}; this version reads format {FORMAT}")
+    entry = _read(folder / LEARNER, lambda path: json.loads(path.read_text()))
+    found = entry.get("format") if isinstance(entry, dict) else None
+    if found != FORMAT:
+        raise EngramError(f"{folder / LEARNER} has format {found}; this version reads format {FORMAT}")
+    state = _read(folder / TRACES, lambda path: unflatten(entry["state"], load_file(path)))
     learner: Learner = make(entry["learner"])
     model = list(io.pack(io.load(folder / MODEL))) if (folder / MODEL).is_dir() else None
     learner.load_state_dict({"model": model, **state})
     return learner, entry["tasks"]
+
+
+def _read(path: Path, read: Callable[[Path], Any]) -> Any:
+    try:
+        return read(path)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise EngramError(f"{path} cannot be read: {error}") from error
 
 
 def is_learner(directory: str | os.PathLike[str]) -> bool:

@@ -39,22 +39,25 @@ class Recipe:
         if not len(table):
             raise EngramError("a model cannot be trained on no rows")
         outer = run or Run()
-        inner = outer.with_seed(seed)
-        model = self.start(table, inner)
+        with outer.scope("recipe"):  # a training's checkpoints stand beside those of others of the same run and seed
+            return self._train(table, outer.with_seed(seed))
+
+    def _train(self, table: Table, run: Run) -> nn.Module:
+        model = self.start(table, run)
 
         def step(batch: Batch) -> Mean:
             assert batch.labels is not None
             return by_target(model(**batch.inputs).logits, batch.labels)
 
-        seed_of_order = inner.number("order")
+        seed_of_order = run.number("order")
         fit(
             step,
-            lambda epoch: table.batches(self.batch_size, seed=seed_of_order, epoch=epoch, shard=inner.shard),
+            lambda epoch: table.batches(self.batch_size, seed=seed_of_order, epoch=epoch, shard=run.shard),
             model=model,
             optimizer=self.optimizer,
             epochs=self.epochs,
             steps=-(-len(table) // self.batch_size),
-            run=inner,
+            run=run,
             name="train",
         )
         return model.eval()

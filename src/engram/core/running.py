@@ -15,6 +15,7 @@ from engram.core.learner import Learner, fresh
 from engram.core.persist import save_learner
 from engram.core.plan import Plan, read_plan
 from engram.core.timeline import Record, Timeline
+from engram.data.preprocessing import Preprocessing
 from engram.data.readers import read, read_with, train_test
 from engram.data.table import Table
 from engram.data.task import Task
@@ -66,13 +67,15 @@ def override(config: dict[str, Any], dotted: Mapping[str, Any]) -> dict[str, Any
     return changed
 
 
-def load_data(data: Mapping[str, Any]) -> tuple[Table, Table]:
-    """Train and test rows as a plan's `data` says: a test source of its own, or a share of the rows."""
+def load_data(data: Mapping[str, Any]) -> tuple[Table, Table, Preprocessing]:
+    """Train and test rows as a plan's `data` says (a test source of its own, or a share of the rows), and how they were
+    read, so that new rows can be read alike."""
     columns = {key: data[key] for key in ("id", "label", "text", "image", "limit", "image_size") if key in data}
     table, preprocessing = read_with(data["source"], **columns)
     if "test" in data:
-        return table, read(data["test"], preprocessing=preprocessing, **columns)
-    return train_test(table, float(data.get("share", 0.3)), seed=0)
+        return table, read(data["test"], preprocessing=preprocessing, **columns), preprocessing
+    train, test = train_test(table, float(data.get("share", 0.3)), seed=0)
+    return train, test, preprocessing
 
 
 class Running:
@@ -96,7 +99,7 @@ class Running:
             precision=self.plan.precision,
             progress=progress,
         )
-        train, test = load_data(self.plan.data)
+        train, test, self.preprocessing = load_data(self.plan.data)
         self.timeline = Timeline(self.plan, train, test, self.run)
 
     def outline(self) -> list[str]:
@@ -131,7 +134,9 @@ class Running:
         write_atomic(self.directory / EVENTS, json.dumps(records, indent=1))
         write_metrics(records, self.directory / METRICS)
         for story in self.timeline.stories:
-            save_learner(story.learner, self.directory / "models" / story.name, tasks=story.taken)
+            folder = self.directory / "models" / story.name
+            save_learner(story.learner, folder, tasks=story.taken)
+            self.preprocessing.save(folder)
         return records
 
     def finish(self) -> None:

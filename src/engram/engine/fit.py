@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from engram.data.table import Batch
+from engram.engine.cost import Cost
 from engram.engine.losses import Mean
 from engram.engine.optimizer import Optimizer
 from engram.engine.run import Run
@@ -99,6 +100,7 @@ class _Loop:
         self.epoch = 0
         self.updates = 0
         self.started = self.saved = time.monotonic()
+        self.before = run.cost.copy()  # seconds of this training are added at its end
 
     def run_epoch(self, batches: Iterable[Any]) -> None:
         total = torch.zeros((), device=self.run.device)
@@ -137,35 +139,32 @@ class _Loop:
     def _micro_update(self, batch: Any) -> Tensor:
         """The gradient of every term's sum over the micro-batches, divided by the term's count at the end."""
         params = [p for p in self.model.parameters() if p.requires_grad]
-        grads: list[list[Tensor]] = []
+        grads: list[list[Tensor | None]] = []
         totals: list[tuple[Tensor, float]] = []
         for piece in _cut(batch, self.micro or 1):
             mean = self.step(piece)
             if not isinstance(mean, Mean):
                 raise EngramError("micro-batches need a step that returns one loss; leave out micro-batches")
             for k, (total, size) in enumerate(mean.terms):
-                parts = torch.autograd.grad(total, params, retain_graph=True, allow_unused=True)
-                found = [torch.zeros_like(p) if g is None else g for p, g in zip(params, parts, strict=True)]
+                found = _gradients(total, params)
                 if k == len(grads):
                     grads.append(found)
                     totals.append((total.detach(), float(size)))
                 else:
-                    torch._foreach_add_(grads[k], found)
+                    grads[k] = [b if a is None else a if b is None else a + b for a, b in zip(grads[k], found)]
                     totals[k] = (totals[k][0] + total.detach(), totals[k][1] + float(size))
         mean = _globally(Mean(tuple(totals)))
-        for k, (_, size) in enumerate(mean.terms):
-            torch._foreach_div_(grads[k], max(float(size), 1e-12))
-        for index, p in enumerate(params):
-            p.grad = torch.stack([g[index] for g in grads]).sum(0)
+        sizes = [max(float(size), 1e-12) for _, size in mean.terms]
+        for p, *parts in zip(params, *grads, strict=True):
+            used = [g / size for g, size in zip(parts, sizes, strict=True) if g is not None]
+            p.grad = torch.stack(used).sum(0) if used else None
         self._apply(self._main())
         return mean.value
 
     def _apply(self, optimizer: torch.optim.Optimizer) -> None:
         params = [p for group in optimizer.param_groups for p in group["params"]]
         if self.run.shard[1] > 1:
-            for p in params:
-                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-            _summed([p.grad for p in params if p.grad is not None])
+            _sum_gradients(params)
         if self.spec is not None and self.spec.clip is not None:
             nn.utils.clip_grad_norm_(params, self.spec.clip)
         optimizer.step()
@@ -191,7 +190,8 @@ class _Loop:
         found = self.run.journal.load(self.run.path) if self.run.directory else None
         if found is None:
             return
-        value, _ = found
+        value, cost = found
+        self.run.cost.add(Cost.of(cost))
         self.epoch, self.updates, self.history = value["epoch"], value["updates"], History(value["losses"])
         for name, part in self.state.items():
             part.load_state_dict(value["state"][name])
@@ -203,8 +203,26 @@ class _Loop:
             return
         state = {name: dict(part.state_dict()) for name, part in self.state.items()}
         value = {"epoch": self.epoch, "updates": self.updates, "losses": self.history.losses, "state": state}
-        self.run.journal.store(self.run.path, value, {})
+        cost = self.run.cost.since(self.before)
+        cost.seconds += now - self.started
+        self.run.journal.store(self.run.path, value, asdict(cost))
         self.saved = now
+
+
+def _gradients(total: Tensor, params: list[nn.Parameter]) -> list[Tensor | None]:
+    """The gradient of a sum; None for a parameter that it does not depend on."""
+    if not total.requires_grad:
+        return [None] * len(params)
+    return list(torch.autograd.grad(total, params, retain_graph=True, allow_unused=True))
+
+
+def _sum_gradients(params: list[nn.Parameter]) -> None:
+    """Sum over the processes; a parameter that no process used keeps no gradient, as in one process."""
+    used = torch.tensor([p.grad is not None for p in params], dtype=torch.float32, device=params[0].device)
+    for p, count in zip(params, _summed([used])[0].tolist(), strict=True):
+        if count and p.grad is None:
+            p.grad = torch.zeros_like(p)
+    _summed([p.grad for p in params if p.grad is not None])
 
 
 def _to(batch: Any, device: torch.device) -> Any:
@@ -221,11 +239,18 @@ def _rows(batch: Any) -> int:
 
 def _cut(batch: Any, size: int) -> Iterable[Any]:
     """Pieces of at most `size` rows; the parts of a tuple are cut alike."""
-    parts: Sequence[Batch] = batch if isinstance(batch, tuple) else (batch,)
+    parts: Sequence[Batch | None] = batch if isinstance(batch, tuple) else (batch,)
     pieces = -(-_rows(batch) // size)
+    while sum(-(-len(part) // pieces) for part in parts if part is not None) > size and pieces < _rows(batch):
+        pieces += 1
     for k in range(pieces):
-        cut = tuple(_slice(part, torch.arange(len(part)).tensor_split(pieces)[k]) for part in parts)
+        cut = tuple(None if part is None else _slice(part, _share(len(part), k, pieces)) for part in parts)
         yield cut if isinstance(batch, tuple) else cut[0]
+
+
+def _share(n: int, k: int, pieces: int) -> Tensor:
+    """The k-th of so many pieces of n row numbers."""
+    return torch.arange(n).tensor_split(pieces)[k]
 
 
 def _slice(batch: Batch, rows: Tensor) -> Batch:
@@ -241,7 +266,8 @@ def _globally(mean: Mean) -> Mean:
     """The loss with its counts taken over all processes."""
     if not (dist.is_available() and dist.is_initialized()):
         return mean
-    counts = torch.stack([torch.as_tensor(count, dtype=torch.float64) for _, count in mean.terms])
+    device = mean.terms[0][0].device
+    counts = torch.stack([torch.as_tensor(count, dtype=torch.float64, device=device) for _, count in mean.terms])
     dist.all_reduce(counts)
     return Mean(tuple((total, count) for (total, _), count in zip(mean.terms, counts, strict=True)))
 

@@ -17,12 +17,14 @@ from engram.errors import EngramError
 from engram.files import write_atomic
 
 Path_ = tuple[str, ...]
+ENTRY = "value.json"
 TENSOR, MODULE, TUPLE = "__tensor__", "__module__", "__tuple__"
 
 
 class Journal:
-    """Values by path. On disk an entry is a folder: `value.safetensors` first, then `value.json`, which names its
-    digest; an entry without a JSON file was not finished. Without a directory, values stay in memory."""
+    """Values by path. On disk an entry is a folder: `value-DIGEST.safetensors` first, then `value.json`, which names
+    that digest; an entry without a JSON file was not finished, and one that is being replaced keeps its old value until
+    the new JSON file is there. Without a directory, values stay in memory."""
 
     def __init__(self, directory: Path | None) -> None:
         self.directory = directory
@@ -38,27 +40,31 @@ class Journal:
         tensors: dict[str, Tensor] = {}
         tree = flatten(value, tensors)
         content = save_bytes(tensors)
-        write_atomic(folder / "value.safetensors", content)
         entry = {"path": path, "cost": cost, "digest": hashlib.sha256(content).hexdigest(), "value": tree}
-        write_atomic(folder / "value.json", json.dumps(entry))
-        for below in folder.iterdir():
-            if below.is_dir():
-                shutil.rmtree(below)
+        file = folder / _tensors(entry)
+        write_atomic(file, content)
+        write_atomic(folder / ENTRY, json.dumps(entry))
+        for other in folder.iterdir():
+            if other.is_dir():
+                shutil.rmtree(other)
+            elif other.name not in (ENTRY, file.name):
+                other.unlink()
 
     def load(self, path: Path_) -> tuple[Any, dict[str, float]] | None:
         """A stored value and what it cost, or None; EngramError names a file that was damaged."""
         if self.directory is None:
             return self.memory.get(path)
         folder = self._folder(path)
-        if not (folder / "value.json").exists():
+        if not (folder / ENTRY).exists():
             return None
         try:
-            entry = json.loads((folder / "value.json").read_text())
-            content = (folder / "value.safetensors").read_bytes()
-        except (OSError, ValueError) as error:
+            entry = json.loads((folder / ENTRY).read_text())
+            file = folder / _tensors(entry)
+            content = file.read_bytes()
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise EngramError(f"the journal entry {folder} cannot be read ({error}); delete it to redo it") from error
         if hashlib.sha256(content).hexdigest() != entry["digest"]:
-            raise EngramError(f"{folder / 'value.safetensors'} was changed or cut short; delete {folder} to redo it")
+            raise EngramError(f"{file} was changed or cut short; delete {folder} to redo it")
         return unflatten(entry["value"], load_bytes(content)), entry["cost"]
 
     def forget(self, path: Path_) -> None:
@@ -70,6 +76,11 @@ class Journal:
     def _folder(self, path: Path_) -> Path:
         assert self.directory is not None
         return self.directory.joinpath(*map(_file_name, path))
+
+
+def _tensors(entry: dict[str, Any]) -> str:
+    """The name of the file with an entry's tensors."""
+    return f"value-{entry['digest'][:16]}.safetensors"
 
 
 def _file_name(name: str) -> str:

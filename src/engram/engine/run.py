@@ -95,17 +95,22 @@ class Run:
                 return value
             before = self.cost.copy()
             value = make()
-            self.journal.store(self._path, value, asdict(self.cost.since(before)))
+            if self.directory is None or self.shard[0] == 0:  # processes share the directory; one of them writes
+                self.journal.store(self._path, value, asdict(self.cost.since(before)))
             return value
 
     def share(self, name: str, make: Callable[[], T]) -> T:
         """A phase that stands beside all scopes: computed once per run, whoever asks for it first.
 
-        The name has to say everything that the value depends on.
+        The name has to say everything that the value depends on. While `make` works, this run's scope is that of the
+        name: draws do not depend on who asked, and the scopes that are open here count no block of it.
         """
-        twin = copy.copy(self)
-        twin._path, twin._root, twin._seen = ("shared",), 0, [Counter()]
-        return twin.phase(name, make)
+        here = self._path, self._root, self._seen
+        self._path, self._root, self._seen = ("shared",), 0, [Counter()]
+        try:
+            return self.phase(name, make)
+        finally:
+            self._path, self._root, self._seen = here
 
     def generator(self, *names: object) -> torch.Generator:
         """The random generator of a name: the same stream from its start, each time it is asked for."""

@@ -109,10 +109,14 @@ class FeTrIL(FrozenLearner):
         here.add(features, labels)
         sums: ClassMeans = self.means.sums
         sources = self.sources(sums.classes, sums.mean, here.classes, here.mean, run)
-        shifts = sums.mean - here.mean[sources]
+        shifts = self.shifts(sums.mean, here.mean[sources])
         rows = [(labels == here.classes[source]).nonzero()[:, 0] for source in sources.tolist()]
         each = torch.arange(len(rows)).repeat_interleave(torch.tensor([len(part) for part in rows]))
         return features[torch.cat(rows)] + shifts[each], sums.classes[each]
+
+    def shifts(self, means: Tensor, own: Tensor) -> Tensor:
+        """What takes features of a source to a class: mu(p) - mu(n), [C, d]."""
+        return means - own
 
     def sources(self, classes: Tensor, means: Tensor, here: Tensor, own: Tensor, run: Run) -> Tensor:
         """For every class [C], the place [C] of its source among the classes `here` [P] of means `own` [P,

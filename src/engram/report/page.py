@@ -178,7 +178,7 @@ def _contents(config: str, records: Sequence[Record]) -> list[dict[str, Any]]:
 
     from engram.core.running import load_data
 
-    train, _ = load_data(yaml.safe_load(config)["data"])
+    train, _, _ = load_data(yaml.safe_load(config)["data"])
     found = []
     for event in dict.fromkeys(record["event"] for record in records if record["kind"] == "forget"):
         record = next(r for r in records if r["event"] == event)
