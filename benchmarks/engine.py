@@ -30,6 +30,10 @@ def ratios() -> Iterator[Ratio]:
     yield _fit("fit, ResNet-20 on 32x32, batch 64, against a bare loop", "ResNet20", images, 1, 1.10, repeats=3)
     yield _fisher("per-row Fisher, MLP, against batch size 1", "MLP", digits.take(range(512)), 20.0)
     yield _fisher("per-row Fisher, ResNet-20, against batch size 1", "ResNet20", images.take(range(64)), 2.5, repeats=3)
+    name = "gradient of a batch of 64, ResNet-20, against batch size 1: the ceiling of any exact form"
+    model = _model("ResNet20", images).eval()
+    few = images.take(range(64))
+    yield speedup(name, lambda: _gradients(model, few, 64), lambda: _gradients(model, few, 1), repeats=3)
     with TemporaryDirectory() as folder:
         yield _cache(Path(folder), images)
 
@@ -83,6 +87,13 @@ def _fisher(name: str, network: str, table: Table, least: float, repeats: int = 
                 sums += g**2
 
     return speedup(name, lambda: importance(model, table), loop, least=least, repeats=repeats)
+
+
+def _gradients(model: nn.Module, table: Table, size: int) -> None:
+    params = list(model.parameters())
+    for batch in table.batches(size, shuffle=False):
+        assert batch.labels is not None
+        torch.autograd.grad(F.cross_entropy(model(**batch.inputs).logits, batch.labels), params)
 
 
 def _cache(folder: Path, table: Table) -> Ratio:

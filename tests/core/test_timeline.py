@@ -179,3 +179,38 @@ def test_rows_can_be_chosen_by_a_condition(tmp_path: Path) -> None:
     records = Running({**CONFIG, "learners": ["keep.NMC"], "events": events}, tmp_path / "run").execute()
     fours = read("sklearn:digits", limit=300).where("label == 'four'").positions
     assert records[-1]["ids"] and set(records[-1]["ids"]) < set(fours)
+
+
+@pytest.mark.parametrize("k", [0, 1, 4, 9, 15, 22])
+def test_a_disk_that_refuses_a_write_leaves_nothing_half_written(
+    k: int, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import engram.files as files
+
+    replace, calls = files.os.replace, []
+
+    def refusing(source: Any, target: Any) -> None:
+        calls.append(target)
+        if len(calls) == k + 1:
+            raise OSError(28, "No space left on device", str(target))
+        replace(source, target)
+
+    monkeypatch.setattr(files.os, "replace", refusing)
+    directory = tmp_path / "run"
+    with pytest.raises(EngramError, match="No space left"):
+        Running(CONFIG, directory).execute()
+    monkeypatch.setattr(files.os, "replace", replace)
+    assert not [path for path in directory.rglob("*") if path.name.startswith(".")]
+    if (directory / "run.json").exists():
+        Running(CONFIG, directory, resume=True).execute()
+        assert torch.equal(*(next(iter(outcome(d)[1].values())) for d in (directory, whole)))
+
+
+def test_everything_is_forgotten_by_exact_learners_only(tmp_path: Path) -> None:
+    events = [{"learn": "all"}, {"forget": {"where": "label >= 0", "probes": []}}]
+    config = {**CONFIG, "learners": ["keep.NMC"], "events": events}
+    record = Running(config, tmp_path / "exact").execute()[-1]
+    assert record["exact"] and record["retain_rows"] == 0
+    assert all(entry["hits"] == 0 for entry in record["accuracy"])
+    with pytest.raises(EngramError, match="all of the data"):
+        Running({**config, "learners": CONFIG["learners"]}, tmp_path / "approximate").execute()

@@ -195,3 +195,12 @@ def test_npo_with_retain_rows_forgets_a_class_and_keeps_the_rest(
 def test_npo_needs_retain_rows_only_with_a_retain_weight() -> None:
     assert Need.RETAIN_ROWS not in NPO(retain_weight=0.0).needs[0]
     assert Need.RETAIN_ROWS in NPO().needs[0]
+
+
+@pytest.mark.parametrize("method", [GradientDifference(), GradientAscent(), NPO(retain_weight=0.0)])
+def test_forgetting_everything_is_refused_by_approximate_methods(
+    method: GradientDifference, model: nn.Module, split: Split
+) -> None:
+    few = split[0].take(range(20))
+    with pytest.raises(EngramError, match="all of the data"):
+        method.forget(model, Request.of_records(few, few.ids))

@@ -79,7 +79,7 @@ def test_strength_zero_zeroes_exactly_what_is_selected(
 @holds("ssd", 4)
 def test_forgetting_everything(model: nn.Module, split: Split) -> None:
     few = split[0].take(range(64))
-    request = Request.of_records(few, few.ids).but(at_hand={Need.STATISTICS: SSD().prepare(model, few)})
+    request = Request.of_records(few, few.ids).but(retain=None, at_hand={Need.STATISTICS: SSD().prepare(model, few)})
     assert torch.equal(weights(SSD(alpha=1.0).forget(model, request)), weights(model))
     halved = SSD(alpha=0.5, strength=0.5).forget(model, request)
     matters = importance(model, few)

@@ -13,6 +13,7 @@ from engram.core.request import Request
 from engram.core.settings import name_of
 from engram.data.table import Table
 from engram.engine.run import Run
+from engram.errors import EngramError
 
 Statistics = dict[str, Tensor]
 
@@ -34,7 +35,13 @@ class Forgetter:
         return NOTHING
 
     def check(self, request: Request) -> None:
-        """EngramError, with the methods that could do it, if the request lacks what this one needs."""
+        """EngramError, with the methods that could do it, if the request lacks what this one needs; and for an
+        approximate method that is asked to forget all of the data, which only an exact one can."""
+        if not self.exact and request.forget is not None and request.retain is not None and not len(request.retain):
+            raise EngramError(
+                f"the forget set is all of the data: {name_of(self)} is approximate and would leave a ruin that still "
+                "holds something; use an exact method (keep.ACU, keep.NMC), or delete the model"
+            )
         require(name_of(self), self.needs, request.have())
 
     def forget(self, model: nn.Module, request: Request, run: Run | None = None) -> nn.Module:

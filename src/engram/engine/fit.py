@@ -151,7 +151,7 @@ class _Loop:
                     grads.append(found)
                     totals.append((total.detach(), float(size)))
                 else:
-                    grads[k] = [b if a is None else a if b is None else a + b for a, b in zip(grads[k], found)]
+                    grads[k] = [_added(a, b) for a, b in zip(grads[k], found, strict=True)]
                     totals[k] = (totals[k][0] + total.detach(), totals[k][1] + float(size))
         mean = _globally(Mean(tuple(totals)))
         sizes = [max(float(size), 1e-12) for _, size in mean.terms]
@@ -214,6 +214,10 @@ def _gradients(total: Tensor, params: list[nn.Parameter]) -> list[Tensor | None]
     if not total.requires_grad:
         return [None] * len(params)
     return list(torch.autograd.grad(total, params, retain_graph=True, allow_unused=True))
+
+
+def _added(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return b if a is None else a if b is None else a + b
 
 
 def _sum_gradients(params: list[nn.Parameter]) -> None:

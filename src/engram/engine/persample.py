@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from engram.data.table import Batch
 from engram.models.heads import LinearHead, ValueHead
@@ -32,7 +33,8 @@ def gradients(model: nn.Module, batch: Batch, loss: RowLoss) -> dict[str, Tensor
         return loss(logits, None if label is None else label.unsqueeze(0))[0]
 
     in_dims = (None, 0, None if batch.labels is None else 0)
-    return vmap(grad(one), in_dims=in_dims, randomness="error")(params, batch.inputs, batch.labels)
+    with sdpa_kernel(SDPBackend.MATH):  # fused attention has no batching rule
+        return vmap(grad(one), in_dims=in_dims, randomness="error")(params, batch.inputs, batch.labels)
 
 
 def power_sums(model: nn.Module, batch: Batch, loss: RowLoss, power: int) -> dict[str, Tensor]:
