@@ -6,7 +6,7 @@ import os
 import sys
 from importlib import import_module
 
-MODULES = ("engine", "forgetting")
+MODULES = ("engine", "many", "forgetting")
 
 
 def main() -> None:
@@ -15,7 +15,8 @@ def main() -> None:
     import torch  # after the number of threads is set
 
     torch.set_num_threads(1)
-    print("CPU seconds of one thread, medians of interleaved repeats; [least, most] over the pairs", flush=True)
+    print("Seconds of CPU on one thread (fit_many: of the clock, two processes of one thread each);", flush=True)
+    print("medians of interleaved repeats, [least, most] over the pairs", flush=True)
     for name in sys.argv[1:] or MODULES:
         for ratio in import_module(f"benchmarks.{name}").ratios():
             print(ratio.line(), flush=True)

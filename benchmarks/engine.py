@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from benchmarks.ratio import Ratio, overhead, speedup
-from engram.core.recipe import Recipe
 from engram.data.readers import read
 from engram.data.table import Table
 from engram.engine.cache import FeatureCache
@@ -19,6 +18,7 @@ from engram.engine.fit import fit
 from engram.engine.importance import importance
 from engram.engine.losses import by_target
 from engram.engine.optimizer import Optimizer
+from engram.engine.recipe import Recipe
 from engram.engine.run import Run
 
 

@@ -8,10 +8,10 @@ import torch
 
 from benchmarks.ratio import Ratio, speedup
 from engram.core.needs import Need
-from engram.core.recipe import Recipe
 from engram.core.request import Request
 from engram.data.readers import read
 from engram.engine.optimizer import Optimizer
+from engram.engine.recipe import Recipe
 from engram.forget.ssd import SSD
 from engram.stats.ridge import Ridge
 

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from engram import catalogue
 from engram.core.learner import fork
-from engram.core.recipe import Recipe
 from engram.core.request import Request
 from engram.data.streams import class_stream
 from engram.data.table import Table
 from engram.data.task import Task
 from engram.engine.optimizer import Optimizer
 from engram.engine.predict import accuracy
+from engram.engine.recipe import Recipe
 from engram.engine.run import Run
 from engram.forget.ssd import SSD
 from engram.keep.acu import ACU

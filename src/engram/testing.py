@@ -34,7 +34,6 @@ from engram.core.needs import Need, Needs, satisfied
 from engram.core.persist import load_learner, save_learner
 from engram.core.probe import Probe, Subject
 from engram.core.protector import Protector
-from engram.core.recipe import Recipe
 from engram.core.request import Request
 from engram.core.settings import describe, make, name_of, settings
 from engram.data.table import Ids, Table
@@ -43,6 +42,7 @@ from engram.engine import fit as fitting
 from engram.engine.journal import Journal, flatten
 from engram.engine.optimizer import Optimizer
 from engram.engine.predict import predict
+from engram.engine.recipe import Recipe
 from engram.engine.run import Run
 from engram.errors import EngramError
 from engram.models import io

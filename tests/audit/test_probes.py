@@ -14,10 +14,10 @@ from engram.audit.representation import Representation
 from engram.audit.retrain_gap import RetrainGap, tug_of_war
 from engram.core.finding import Finding, Verdict
 from engram.core.probe import Probe, Subject
-from engram.core.recipe import Recipe
 from engram.core.request import Request
 from engram.data.table import Table
 from engram.engine.optimizer import Optimizer
+from engram.engine.recipe import Recipe
 from engram.engine.run import Run
 from engram.errors import EngramError
 from engram.testing import holds

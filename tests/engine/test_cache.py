@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from engram.core.recipe import Recipe
 from engram.data.table import Table
 from engram.engine.cache import FeatureCache
 from engram.engine.predict import features
+from engram.engine.recipe import Recipe
 from engram.engine.run import Run
 from engram.errors import EngramError
 

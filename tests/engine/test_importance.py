@@ -62,7 +62,7 @@ def row_by_row(model: nn.Module, table: Table, power: int = 2, norm: bool = Fals
 
 
 def same(found: dict[str, Tensor], wanted: dict[str, Tensor], rtol: float = 1e-4) -> None:
-    """Relative to each parameter; gradients that vanish (a key's bias in attention) are rounding, on the model's scale."""
+    """Relative to each parameter; where gradients vanish (the bias of keys), rounding is on the scale of the model."""
     assert found.keys() == wanted.keys()
     scale = max(float(value.max()) for value in wanted.values())
     for name, value in wanted.items():

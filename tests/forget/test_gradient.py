@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from engram.core.needs import Need
-from engram.core.recipe import Recipe
 from engram.core.request import Request
 from engram.core.unlearning import usual_loss
 from engram.data.table import Table
 from engram.engine.optimizer import Optimizer
 from engram.engine.predict import accuracy
+from engram.engine.recipe import Recipe
 from engram.engine.run import Run
 from engram.errors import EngramError
 from engram.forget.finetune import Finetune

@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engram.core.needs import Need
-from engram.core.recipe import Recipe
 from engram.core.request import Request
 from engram.data.table import Table
 from engram.engine.importance import importance
 from engram.engine.optimizer import Optimizer
+from engram.engine.recipe import Recipe
 from engram.errors import EngramError
 from engram.forget.ssd import KIND, SSD
 from engram.reproduce.ssd import claims

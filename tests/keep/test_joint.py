@@ -9,12 +9,12 @@ import torch
 from engram.core.erasure import forget
 from engram.core.history import History
 from engram.core.learner import Learner, fork
-from engram.core.recipe import Recipe
 from engram.core.request import Request
 from engram.data.streams import class_stream
 from engram.data.table import Table
 from engram.data.task import Task
 from engram.engine.predict import accuracy, predict
+from engram.engine.recipe import Recipe
 from engram.engine.run import Run
 from engram.errors import EngramError
 from engram.keep.finetune import Finetune

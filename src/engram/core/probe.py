@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from engram.core.finding import Finding
 from engram.core.forgetter import Forgetter
 from engram.core.learner import Learner
-from engram.core.recipe import Trainer
+from engram.core.needs import require_processes
 from engram.core.request import Request
-from engram.core.settings import describe
+from engram.core.settings import describe, name_of
 from engram.data.table import MISSING, Table, Target
+from engram.engine.many import fit_many
+from engram.engine.recipe import Recipe, Trainer
 from engram.engine.run import Run
 from engram.errors import EngramError
 from engram.stats.seeds import derive, generator
@@ -84,33 +87,57 @@ class Subject:
         if role == "oracle":
             rows = self.rows.get("retain", Table({}))
             made = [Trained(model, rows, -1 - k) for k, model in enumerate(self.oracles[:n])]
-        with run.progress(f"train {n} {role} models", n - len(made)) as advance:
-            for k in range(len(made), n):
+        wanted = range(len(made), n)
+        if role == "unlearned":
+            self.models("original", n, run)
+        if len(wanted) > 1 and role != "unlearned" and isinstance(self.recipe, Recipe):
+            run.share(f"{role} models to {n} of {self._digest(role, run)}", lambda: self._together(role, wanted, run))
+        with run.progress(f"train {n} {role} models", len(wanted)) as advance:
+            for k in wanted:
                 made.append(self._model(role, k, run))
                 advance(1)
         return made
 
-    def _model(self, role: str, k: int, run: Run) -> Trained:
-        table = self._rows_for(role, k, run)
-        seed = derive(run.seed, "original" if role == "unlearned" else role, k)
-        make = self._unlearned if role == "unlearned" else self._train
-        name = f"{role} {k} of {derive(seed, *self._identity(role)):016x}"
-        return Trained(run.share(name, lambda: make(table, seed, k, run)), table, seed)
+    def _together(self, role: str, wanted: range, run: Run) -> None:
+        """Train those models that are not there yet; each is shared under the name by which `_model` asks for it."""
+        assert self.recipe is not None
+        missing = run.phase("missing", lambda: [k for k in wanted if not run.has_shared(self._name(role, k, run))])
+        table = self._trained_on(role)
+        rows = [self._rows(role, k, len(table), run) for k in missing]
+        made = fit_many(self.recipe, table, rows, [self._seed(role, k, run) for k in missing], run)
+        for k, model in zip(missing, made, strict=True):
+            run.share(self._name(role, k, run), partial(_itself, model))
 
-    def _identity(self, role: str) -> list[object]:
-        """What models of a role depend on besides their seed."""
-        parts: list[object] = [repr(self.recipe), *(self._table(name).digest for name in ROLES[role])]
+    def _model(self, role: str, k: int, run: Run) -> Trained:
+        table = self._trained_on(role)
+        table = table.take(self._rows(role, k, len(table), run)) if role == "shadow" else table
+        seed = self._seed(role, k, run)
+        make = self._unlearned if role == "unlearned" else self._train
+        return Trained(run.share(self._name(role, k, run), lambda: make(table, seed, k, run)), table, seed)
+
+    def _seed(self, role: str, k: int, run: Run) -> int:
+        return derive(run.seed, "original" if role == "unlearned" else role, k)
+
+    def _name(self, role: str, k: int, run: Run) -> str:
+        return f"{role} {k} of {self._digest(role, run)}"
+
+    def _digest(self, role: str, run: Run) -> str:
+        """What the models of a role depend on."""
+        parts: list[object] = [run.seed, repr(self.recipe), *(self._table(name).digest for name in ROLES[role])]
         if role == "unlearned" and self.forgetter is not None and self.request is not None:
             parts += [describe(self.forgetter), self.request.what, self.request.ids]
-        return parts
+        return f"{derive(*parts):016x}"
 
-    def _rows_for(self, role: str, k: int, run: Run) -> Table:
+    def _trained_on(self, role: str) -> Table:
         first, *others = [self._table(name) for name in ROLES[role]]
-        table = first.concat(*others) if others else first
+        return first.concat(*others) if others else first
+
+    def _rows(self, role: str, k: int, n: int, run: Run) -> Tensor:
+        """Row numbers that the k-th model is trained on."""
         if role != "shadow":
-            return table
-        order = torch.randperm(len(table), generator=generator(run.seed, "halves", k // 2))
-        return table.take(order.tensor_split(2)[k % 2])
+            return torch.arange(n)
+        order = torch.randperm(n, generator=generator(run.seed, "halves", k // 2))
+        return order.tensor_split(2)[k % 2]
 
     def _table(self, name: str) -> Table:
         if name not in self.has():
@@ -138,6 +165,7 @@ class Probe:
 
     def check(self, subject: Subject) -> None:
         """EngramError naming the parts of the subject that this probe asks for and that are not there."""
+        require_processes(name_of(self), self.processes)
         missing = self.asks - subject.has()
         if missing:
             raise EngramError(f"{type(self).__name__} asks for {', '.join(sorted(missing))}, which is not at hand")
@@ -145,6 +173,10 @@ class Probe:
     def examine(self, subject: Subject, run: Run | None = None) -> list[Finding]:
         """Findings about the subject."""
         raise NotImplementedError
+
+
+def _itself(model: nn.Module) -> nn.Module:
+    return model
 
 
 Measured = tuple[float, tuple[float, float]]  # a value and its sampling interval

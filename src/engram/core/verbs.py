@@ -11,10 +11,10 @@ from engram.core.finding import Finding
 from engram.core.forgetter import Forgetter
 from engram.core.needs import Need, satisfied
 from engram.core.probe import Probe, Subject
-from engram.core.recipe import Trainer
 from engram.core.request import Classes, Records, Request
 from engram.core.settings import make
 from engram.data.table import Table
+from engram.engine.recipe import Trainer
 from engram.engine.run import Run
 from engram.errors import EngramError
 

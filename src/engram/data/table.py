@@ -220,8 +220,7 @@ class Table:
         `shard` = (rank, processes): every process takes its share of each batch, so that the union over the
         processes is the batch of one process.
         """
-        n = len(self)
-        order = torch.randperm(n, generator=generator("order", seed, epoch)) if shuffle else torch.arange(n)
+        order = shuffled(len(self), seed, epoch) if shuffle else torch.arange(len(self))
         rank, world = shard
         for rows in order.split(size):
             if drop_last and len(rows) < size:
@@ -238,6 +237,11 @@ class Table:
         if self.labels is not None:
             hasher.update(np.ascontiguousarray(self.labels.cpu().numpy()).tobytes())
         return hasher.hexdigest()
+
+
+def shuffled(n: int, seed: int, epoch: int) -> Tensor:
+    """The order [n] in which an epoch goes through n rows."""
+    return torch.randperm(n, generator=generator("order", seed, epoch))
 
 
 def _as_labels(labels: Tensor) -> Tensor:

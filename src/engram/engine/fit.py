@@ -103,15 +103,17 @@ class _Loop:
         self.before = run.cost.copy()  # seconds of this training are added at its end
 
     def run_epoch(self, batches: Iterable[Any]) -> None:
-        total = torch.zeros((), device=self.run.device)
+        total, rows = torch.zeros((), device=self.run.device), torch.zeros((), dtype=torch.int64)
         count = 0
         for index, batch in enumerate(batches):
             self._set_rate(index)
             for loss in self._updates(_to(batch, self.run.device)):
                 total += loss
                 count += 1
-            self.run.cost.rows += _rows(batch)
-        self.history.losses.append(float(_summed([total])[0]) / max(count, 1))
+            rows += _rows(batch)
+        total, rows = _summed([total, rows.to(self.run.device)])
+        self.run.cost.rows += int(rows)
+        self.history.losses.append(float(total) / max(count, 1))
         self.epoch += 1
         self._checkpoint()
 
@@ -165,6 +167,7 @@ class _Loop:
         params = [p for group in optimizer.param_groups for p in group["params"]]
         if self.run.shard[1] > 1:
             _sum_gradients(params)
+            _average_statistics(self.model, self.run.shard[1])
         if self.spec is not None and self.spec.clip is not None:
             nn.utils.clip_grad_norm_(params, self.spec.clip)
         optimizer.step()
@@ -179,12 +182,9 @@ class _Loop:
         return self.main
 
     def _set_rate(self, index: int) -> None:
-        if self.spec is None or (self.spec.schedule == "constant" and not self.spec.warmup):
-            return
-        inner = index / self.steps if self.steps else 0.0
-        step = (self.epoch + inner) / max(self.epochs, 1)
-        for group in self._main().param_groups:
-            group["lr"] = self.spec.lr * self.spec.factor(min(step, 1.0))
+        if self.spec is not None:
+            inner = index / self.steps if self.steps else 0.0
+            self.spec.set_rate(self._main(), (self.epoch + inner) / max(self.epochs, 1))
 
     def resume(self) -> None:
         found = self.run.journal.load(self.run.path) if self.run.directory else None
@@ -227,6 +227,14 @@ def _sum_gradients(params: list[nn.Parameter]) -> None:
         if count and p.grad is None:
             p.grad = torch.zeros_like(p)
     _summed([p.grad for p in params if p.grad is not None])
+
+
+def _average_statistics(model: nn.Module, processes: int) -> None:
+    """Running statistics of a batch's shares become their mean, so that all processes hold one model."""
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
+    found = [value for m in norms for value in (m.running_mean, m.running_var) if value is not None]
+    for value in _summed(found):
+        value /= processes
 
 
 def _to(batch: Any, device: torch.device) -> Any:

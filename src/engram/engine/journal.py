@@ -67,6 +67,10 @@ class Journal:
             raise EngramError(f"{file} was changed or cut short; delete {folder} to redo it")
         return unflatten(entry["value"], load_bytes(content)), entry["cost"]
 
+    def has(self, path: Path_) -> bool:
+        """Whether a value is stored."""
+        return path in self.memory if self.directory is None else (self._folder(path) / ENTRY).exists()
+
     def forget(self, path: Path_) -> None:
         """Delete what is stored at a path and below."""
         self.memory = {p: v for p, v in self.memory.items() if p[: len(path)] != path}

@@ -53,8 +53,15 @@ class Optimizer:
             return self.gamma ** sum(progress >= milestone for milestone in self.milestones)
         if self.schedule == "constant":
             return 1.0
-        rest = (progress - self.warmup) / (1 - self.warmup)
+        rest = (progress - self.warmup) / (1 - self.warmup) if self.warmup < 1 else 0.0
         return 1 - rest if self.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * rest))
+
+    def set_rate(self, optimizer: torch.optim.Optimizer, progress: float) -> None:
+        """Put the learning rate of a share of the training into effect."""
+        if self.schedule == "constant" and not self.warmup:
+            return
+        for group in optimizer.param_groups:
+            group["lr"] = self.lr * self.factor(min(progress, 1.0))
 
     def scaled(self, factor: float) -> Optimizer:
         """The same with another learning rate."""

@@ -76,11 +76,18 @@ def _factored(model: nn.Module, batch: Batch, loss: RowLoss, power: int) -> dict
         for handle in handles:
             handle.remove()
     names = [name for name, *_ in seen]
-    if len(set(names)) != len(names) or any(out._version != version for *_, out, version in seen):
-        return None  # a layer that is used twice, or whose output was overwritten
-    deltas = torch.autograd.grad(losses.sum(), [out for *_, out, _ in seen], allow_unused=True)
+    whole = all(out._version == version and len(inputs) == len(batch) for *_, inputs, out, version in seen)
+    if len(set(names)) != len(names) or not whole:
+        return (
+            None  # a layer that is used twice, whose output was overwritten, or whose rows are others than the batch's
+        )
+    silent = [p for name in layers.keys() - set(names) for p in layers[name].parameters(recurse=False)]
+    wanted = [*(out for *_, out, _ in seen), *(p for p in silent if p.requires_grad)]
+    deltas = torch.autograd.grad(losses.sum(), wanted, allow_unused=True)
+    if any(delta is not None for delta in deltas[len(seen) :]):
+        return None  # the parameters of a layer that was never called were used nevertheless
     total: dict[str, Tensor] = {}
-    for (name, module, inputs, _, _), delta in zip(seen, deltas, strict=True):
+    for (name, module, inputs, _, _), delta in zip(seen, deltas[: len(seen)], strict=True):
         if delta is not None:
             for part, value in _layer_sums(module, inputs, delta, power).items():
                 total[f"{name}.{part}" if name else part] = value

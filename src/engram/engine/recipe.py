@@ -49,10 +49,10 @@ class Recipe:
             assert batch.labels is not None
             return by_target(model(**batch.inputs).logits, batch.labels)
 
-        seed_of_order = run.number("order")
+        order = self.order(run)
         fit(
             step,
-            lambda epoch: table.batches(self.batch_size, seed=seed_of_order, epoch=epoch, shard=run.shard),
+            lambda epoch: table.batches(self.batch_size, seed=order, epoch=epoch, shard=run.shard),
             model=model,
             optimizer=self.optimizer,
             epochs=self.epochs,
@@ -61,6 +61,10 @@ class Recipe:
             name="train",
         )
         return model.eval()
+
+    def order(self, run: Run) -> int:
+        """The seed of the order of the rows."""
+        return run.number("order")
 
     def start(self, table: Table, run: Run) -> nn.Module:
         """The untrained model that the rows ask for."""

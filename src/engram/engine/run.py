@@ -112,6 +112,10 @@ class Run:
         finally:
             self._path, self._root, self._seen = here
 
+    def has_shared(self, name: str) -> bool:
+        """Whether `share` has computed the value of a name."""
+        return self.journal.has(("shared", name))
+
     def generator(self, *names: object) -> torch.Generator:
         """The random generator of a name: the same stream from its start, each time it is asked for."""
         return generator(self.seed, *self._path[self._root :], *names)

@@ -24,11 +24,11 @@ from torch import Tensor, nn
 
 from engram.core.frozen import FrozenLearner, SummedRows
 from engram.core.needs import Need, Needs, needs
-from engram.core.recipe import Recipe
 from engram.core.trace import Seen
 from engram.data.table import Table
 from engram.data.task import Task
 from engram.engine.optimizer import Optimizer
+from engram.engine.recipe import Recipe
 from engram.engine.run import Run
 from engram.errors import EngramError, unknown
 from engram.models.frozen import frozen_encoder

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from engram.core.frozen import FrozenLearner
 from engram.core.learner import Learner
-from engram.core.recipe import Recipe
 from engram.core.request import Request
 from engram.data.buffer import Buffer
 from engram.data.table import Ids, Table
 from engram.data.task import Task
 from engram.engine.optimizer import Optimizer
+from engram.engine.recipe import Recipe
 from engram.engine.run import Run
 from engram.errors import EngramError
 from engram.models.heads import MatrixHead

@@ -36,7 +36,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engram.core.learning import GradientLearner
-from engram.core.recipe import Recipe
 from engram.core.trace import State
 from engram.data.buffer import Buffer
 from engram.data.table import Batch, Ids, Table
@@ -45,6 +44,7 @@ from engram.engine.fit import Update
 from engram.engine.losses import Mean
 from engram.engine.optimizer import Optimizer
 from engram.engine.predict import evaluating
+from engram.engine.recipe import Recipe
 from engram.engine.run import Run
 from engram.models.build import build
 from engram.models.routed import Routed

@@ -6,11 +6,11 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from engram.core.recipe import Recipe
 from engram.core.request import Request
 from engram.data.table import Table
 from engram.engine.optimizer import Optimizer
 from engram.engine.predict import accuracy
+from engram.engine.recipe import Recipe
 from engram.forget.ssd import SSD
 from engram.reproduce.claims import Claim
 from engram.reproduce.digits import digits
