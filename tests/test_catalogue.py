@@ -184,7 +184,8 @@ def test_a_setting_other_than_the_default_may_do() -> None:
 
 def test_what_needs_nothing_is_always_possible() -> None:
     usable = {row.method.name for row in possible([], "keep") if row.usable}
-    assert usable == {f"keep.{name}" for name in ("NMC", "ACU", "Finetune", "Replay", "Joint", "JointHead", "TAME")}
+    names = ("NMC", "ACU", "Finetune", "Replay", "Joint", "JointHead", "TAME", "KeyValueBottleneck")
+    assert usable == {f"keep.{name}" for name in names}
 
 
 def test_rows_of_a_request_serve_probes_too() -> None:

@@ -23,6 +23,7 @@ ORDER = (
     ("core",),
     ("learn", "keep", "forget", "protect", "recall", "audit"),
     ("reproduce", "report"),
+    ("commands",),
     ("cli",),
     ("__main__", "testing"),
 )

@@ -20,12 +20,15 @@ from engram.engine.optimizer import Optimizer
 from engram.engine.predict import accuracy
 from engram.engine.recipe import Recipe
 from engram.engine.run import Run
+from engram.forget import npo
 from engram.forget.ssd import SSD
 from engram.keep.acu import ACU
 from engram.keep.fetril import FeTrIL
+from engram.keep.key_value import KeyValueBottleneck
 from engram.keep.nmc import NMC
 from engram.keep.rehearsal_free import RehearsalFree
 from engram.reproduce.digits import curve
+from engram.stats import kmeans
 from engram.stats.moments import ClassMeans
 from engram.stats.ridge import Ridge
 
@@ -110,12 +113,33 @@ def _born(model: nn.Module) -> list[int]:
     return model.head.classes.tolist()  # type: ignore[union-attr,operator,no-any-return]
 
 
+def nearness_to_keys(weight: float, split: Split, monkeypatch: pytest.MonkeyPatch) -> float:
+    """Final accuracy of five pairs with the distance by which a row selects its keys so weighted."""
+    original = kmeans.relative_distances
+    monkeypatch.setattr(kmeans, "relative_distances", lambda x, keys: weight * original(x, keys))
+    plan = Optimizer("sgd", lr=16.0, momentum=0.0)
+    learner = KeyValueBottleneck(codebooks=16, keys=64, classes_total=10, optimizer=plan, epochs=10)
+    return curve(learner, class_stream(*split, base=2, increment=2))[-1]
+
+
+def rejection(weight: float, split: Split, monkeypatch: pytest.MonkeyPatch) -> float:
+    """Accuracy left on a forgotten class with the loss of the forget rows so weighted."""
+    original = npo.rejection
+    monkeypatch.setattr(npo, "rejection", lambda ratio, beta: weight * original(ratio, beta))
+    model = Recipe({"name": "MLP", "hidden": [32]}, Optimizer(lr=3e-3), epochs=12)(split[0], 0)
+    method = npo.NPO(beta=0.5, optimizer=Optimizer(lr=1e-3), epochs=8, retain_ratio=3)
+    new = method.forget(model, Request.of_classes(split[0], (3,)))
+    return accuracy(new, split[1].of_classes([3]))
+
+
 OWN_TERMS: dict[str, tuple[Callable[[float, Split, pytest.MonkeyPatch], float], tuple[float, float]]] = {
     "nmc-baseline": (subtraction_of_means, (0.0, 1e-8)),
     "fetril": (translation, (0.0, 1e-5)),
     "acu": (subtraction_of_moments, (0.0, 1e-8)),
     "ssd": (dampening, (0.0, 0.25)),
+    "npo": (rejection, (0.0, 0.1)),
     "rehearsal-free": (rehearsal_free, (0.35, 0.6)),
+    "discrete-key-value-bottleneck": (nearness_to_keys, (0.7, 1.0)),
 }
 
 

@@ -63,7 +63,7 @@ def test_numbers_as_labels() -> None:
         "label == 3 or label == 1",
         "1 < drawer < 3",
         "3 == label",
-        "label == drawer",
+        "label == drawer.name",
         "label == [1, 3]",
         "label == None",
         "label in (1, 3)",
@@ -94,3 +94,9 @@ def test_what_is_not_there_is_named(condition: str, message: str) -> None:
 def test_unlabelled_rows_have_no_column_label() -> None:
     with pytest.raises(EngramError, match="unknown column 'label'"):
         table().unlabelled().where("label == 3")
+
+
+def test_a_bare_word_is_text() -> None:
+    table = Table({}, torch.tensor([0, 1, 1]), names={0: "cat", 1: "dog"}).with_column("town", ["bern", "rome", "bern"])
+    assert table.where("label == dog").ids == ("1", "2")
+    assert table.where("town != bern").ids == ("1",)

@@ -10,9 +10,21 @@ from engram import catalogue
 from engram.reproduce.claims import Claim, reproduce, table
 
 OUTSIDE = {
-    "rehearsal-free": {"final accuracy of prediction distillation, sigmoid head"}
+    "rehearsal-free": {"final accuracy of prediction distillation, sigmoid head"},
+    "deep-regression-unlearning": {  # holds on the mean of three seeds or five, not at every one
+        "how much farther Blindspot's forget error is from that of retrained models than the next best method's"
+    },
 }  # does not hold here, and is said
-HAVE = ["nmc-baseline", "fetril", "acu", "ssd", "rehearsal-free"]
+HAVE = [
+    "nmc-baseline",
+    "fetril",
+    "acu",
+    "ssd",
+    "npo",
+    "rehearsal-free",
+    "discrete-key-value-bottleneck",
+    "deep-regression-unlearning",
+]
 
 
 @pytest.mark.parametrize("slug", HAVE)

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from engram.core.needs import NOTHING, Need, Needs, require
+from engram.core.needs import NOTHING, Need, Needs, require, require_processes
 from engram.core.request import Request
 from engram.core.settings import name_of
 from engram.data.table import Table
@@ -35,8 +35,10 @@ class Forgetter:
         return NOTHING
 
     def check(self, request: Request) -> None:
-        """EngramError, with the methods that could do it, if the request lacks what this one needs; and for an
-        approximate method that is asked to forget all of the data, which only an exact one can."""
+        """EngramError, with the methods that could do it, if the request lacks what this one needs; for an approximate
+        method that is asked to forget all of the data, which only an exact one can; and for more processes than it can
+        work in."""
+        require_processes(name_of(self), self.processes)
         if not self.exact and request.forget is not None and request.retain is not None and not len(request.retain):
             raise EngramError(
                 f"the forget set is all of the data: {name_of(self)} is approximate and would leave a ruin that still "

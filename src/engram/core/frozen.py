@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from engram.core.learner import Learner
-from engram.core.needs import NOTHING, Need, Needs, needs
+from engram.core.needs import NOTHING, Need, Needs, needs, require_processes
 from engram.core.request import Request
+from engram.core.settings import name_of
 from engram.core.trace import State
 from engram.data.table import MISSING, Ids, Table, Target
 from engram.data.task import Task
@@ -119,6 +120,7 @@ class FrozenLearner(Learner):
 
     def begin(self, task: Task, run: Run) -> None:
         """Build the predictor for the first task, make room for new classes; EngramError without labels."""
+        require_processes(name_of(self), self.processes)
         _labels(task.train)
         if not self.started:
             encoder = self.encoder(task, run).eval().requires_grad_(False)

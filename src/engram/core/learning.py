@@ -11,6 +11,8 @@ import torch
 from torch import nn
 
 from engram.core.learner import Learner
+from engram.core.needs import require_processes
+from engram.core.settings import name_of
 from engram.core.trace import Seen
 from engram.data.table import Batch, Target
 from engram.data.task import Task
@@ -45,6 +47,7 @@ class GradientLearner(Learner):
 
     def learn(self, task: Task, run: Run | None = None) -> None:
         """Train on the task's rows. Cost: epochs times rows, forward and backward."""
+        require_processes(name_of(self), self.processes)
         run = run or Run()
         with run.scope("learn"):
             self._prepare(task, run)

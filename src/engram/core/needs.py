@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from enum import StrEnum
 
+from engram.engine.run import Run
 from engram.errors import EngramError
 
 
@@ -41,13 +42,24 @@ def satisfied(wanted: Needs, have: frozenset[Need]) -> bool:
     return any(alternative <= have for alternative in wanted)
 
 
+def lacking(wanted: Needs, have: frozenset[Need]) -> str:
+    """What the nearest alternative lacks, as words."""
+    nearest = min(wanted, key=lambda alternative: len(alternative - have))
+    return ", ".join(sorted(nearest - have))
+
+
 def require(name: str, wanted: Needs, have: frozenset[Need]) -> None:
     """EngramError that names what is lacking, and the methods of the same wing that would do without it."""
-    if satisfied(wanted, have):
-        return
-    nearest = min(wanted, key=lambda alternative: len(alternative - have))
-    lacking = ", ".join(sorted(nearest - have))
-    raise EngramError(f"{name} needs {lacking}, which the request does not hold; {_instead(name, have)}")
+    if not satisfied(wanted, have):
+        lack = lacking(wanted, have)
+        raise EngramError(f"{name} needs {lack}, which the request does not hold; {_instead(name, have)}")
+
+
+def require_processes(name: str, declared: str) -> None:
+    """EngramError where several processes run a method that is declared for one."""
+    count = Run().shard[1]
+    if declared == "one" and count > 1:
+        raise EngramError(f"{name} works in one process, and there are {count}; start a single one")
 
 
 def _instead(name: str, have: frozenset[Need]) -> str:

@@ -52,6 +52,7 @@ def read_with(
     limit: int | None = None,
     image_size: Size = None,
     standardise: bool = True,
+    keep: Sequence[str] = (),
 ) -> tuple[Table, Preprocessing]:
     """The rows of a source, and what was derived from them: pass that on as `preprocessing` to read test or
     new rows.
@@ -67,8 +68,8 @@ def read_with(
     `text`: becomes the extra column "text"; left out, "text". `image`: becomes uint8 `pixel_values` [n, c, h,
     w], resized to `image_size` (one number, or height and width). `values`: the columns that become float32
     `values` [n, d]. Left out, they are all with numbers or text where rows have neither text nor image. Texts
-    are one-hot encoded; numbers get mean 0 and standard deviation 1 (`standardise`). Other columns go to
-    `extra`: numbers as tensors, all else as strings.
+    are one-hot encoded; numbers get mean 0 and standard deviation 1 (`standardise`). Other columns, and those
+    named in `keep`, go to `extra` as they are: numbers as tensors, all else as strings.
 
     Raises EngramError for a source that is missing, empty or damaged, columns and classes that do not exist,
     ids that are not unique, missing values, and images of several sizes.
@@ -81,7 +82,7 @@ def read_with(
         pixels = _images(raw, roles, ids, plan, _size(image_size))
         if pixels is not None and preprocessing is None:
             plan = replace(plan, image_shape=tuple(pixels.shape[1:]), resized=image_size is not None)
-        return _table(raw, roles, ids, plan, pixels).checked(), plan
+        return _table(raw, roles, ids, plan, pixels, keep).checked(), plan
     except EngramError as error:
         raise EngramError(f"{raw.source}: {error}") from error
 
@@ -253,12 +254,15 @@ def _size(size: Size) -> tuple[int, int] | None:
     return sides[0], sides[1]
 
 
-def _table(raw: Raw, roles: Roles, ids: Ids, plan: Preprocessing, pixels: Tensor | None) -> Table:
+def _table(raw: Raw, roles: Roles, ids: Ids, plan: Preprocessing, pixels: Tensor | None, keep: Sequence[str]) -> Table:
     labels = _labels(raw, roles, plan)
     inputs = {} if pixels is None else {"pixel_values": pixels}
     if plan.columns:
         inputs["values"] = values_of(raw.columns, ids, plan)
-    others = [name for name, kind in _types(raw) if name not in roles.used and not is_bytes(kind)]
+    for name in keep:
+        _present(raw, name)
+    left = [name for name, kind in _types(raw) if name not in roles.used and not is_bytes(kind)]
+    others = [*left, *(name for name in keep if name not in left)]
     extra: dict[str, Column] = {name: kept(raw.columns[name]) for name in others}
     if roles.text is not None:
         extra["text"] = kept(raw.columns[roles.text])

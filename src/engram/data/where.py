@@ -37,13 +37,19 @@ def matches(table: Table, expression: str) -> Tensor:
     return compare(column.reshape(-1), value)
 
 
+def column_of(expression: str) -> str:
+    """The column that a condition is about."""
+    return _parse(expression)[0]
+
+
 def _parse(expression: str) -> tuple[str, Any, Any]:
     wanted = f"{expression!r} is no condition; write one comparison, as in 'label == 3'"
     try:
         node = ast.parse(expression.strip(), mode="eval").body
         if not (isinstance(node, ast.Compare) and isinstance(node.left, ast.Name) and len(node.ops) == 1):
             raise EngramError(wanted)
-        value = ast.literal_eval(node.comparators[0])
+        right = node.comparators[0]
+        value = right.id if isinstance(right, ast.Name) else ast.literal_eval(right)  # a bare word is text
         if not isinstance(value, str | int | float):
             raise EngramError(wanted)
         return node.left.id, OPERATORS[type(node.ops[0])], value

@@ -61,11 +61,12 @@ class Journal:
             entry = json.loads((folder / ENTRY).read_text())
             file = folder / _tensors(entry)
             content = file.read_bytes()
+            tree, cost = entry["value"], entry["cost"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise EngramError(f"the journal entry {folder} cannot be read ({error}); delete it to redo it") from error
         if hashlib.sha256(content).hexdigest() != entry["digest"]:
             raise EngramError(f"{file} was changed or cut short; delete {folder} to redo it")
-        return unflatten(entry["value"], load_bytes(content)), entry["cost"]
+        return unflatten(tree, load_bytes(content)), cost
 
     def has(self, path: Path_) -> bool:
         """Whether a value is stored."""
@@ -88,9 +89,9 @@ def _tensors(entry: dict[str, Any]) -> str:
 
 
 def _file_name(name: str) -> str:
-    """A readable file name; a short digest keeps names apart that read alike."""
+    """A readable file name; a short digest keeps names apart that read alike, and from being the folder above."""
     plain = re.sub(r"[^A-Za-z0-9_.#=-]+", "-", name)[:60]
-    return plain if plain == name else f"{plain}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    return plain if plain == name and name.strip(".") else f"{plain}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 def flatten(value: Any, tensors: dict[str, Tensor]) -> Any:

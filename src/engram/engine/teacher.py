@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,11 +12,41 @@ from torch import Tensor, nn
 from engram.data.table import Batch, Table
 from engram.engine.predict import Reader, predict
 from engram.engine.run import Run
+from engram.errors import EngramError
+from engram.models.head import Head
+from engram.models.seeding import seeded
 
 
 def frozen(model: nn.Module) -> nn.Module:
     """A copy in eval mode that takes no gradient."""
     return copy.deepcopy(model).eval().requires_grad_(False)
+
+
+def untrained(model: nn.Module, draws: torch.Generator) -> nn.Module:
+    """A frozen copy of the same architecture with initial weights of its own, which knows nothing of the data.
+
+    Layers with `reset_parameters` start as torch starts them, rows of a class head as if newly born; what remains
+    (tokens, position embeddings) is drawn normal with deviation 0.02, vectors left alone. What a model learnt into
+    other buffers than running statistics stays.
+    """
+    twin = frozen(model).cpu()
+    with seeded(draws), torch.no_grad():
+        for module in twin.modules():
+            _start_anew(module)
+    return twin
+
+
+def _start_anew(module: nn.Module) -> None:
+    """Initial values for a module's own parameters, from the global generator."""
+    reset = getattr(module, "reset_parameters", None)
+    if callable(reset):
+        reset()
+        return
+    for name, p in module.named_parameters(recurse=False):
+        if isinstance(module, Head):
+            p.copy_(module.fresh(name, len(p), None))
+        elif p.ndim > 1:
+            p.normal_(0.0, 0.02)
 
 
 class EMA:
@@ -58,6 +89,14 @@ class RowCache:
         """The outputs [B, …] for a batch of the table that they were computed for, on the batch's device."""
         device = next(iter(batch.inputs.values())).device
         return self.values[batch.rows].to(device)
+
+
+def class_logits(output: Any, batch: Batch) -> Tensor:
+    """A reader for `predict` and `cached`: the logits, where their softmax means something. EngramError for rows whose
+    labels are numbers."""
+    if batch.labels is not None and batch.labels.is_floating_point():
+        raise EngramError("a model of numbers has no class probabilities to imitate; use forget.Blindspot")
+    return output.logits
 
 
 def cached(model: nn.Module, table: Table, output: str | Reader, run: Run, name: str) -> RowCache:

@@ -5,7 +5,7 @@ arXiv 2404.05868.
 
 With r = log p(answer) - log p_ref(answer), sums over the answer's tokens, ref the model before forgetting:
 
-    L_NPO = (2 / beta) mean log(1 + exp(beta r))        [+ retain_weight * the usual loss of retain rows]
+    L_NPO = (2 / beta) mean log(1 + exp(beta r))        [+ retain_weight * a term on the retain rows]
 
 Its gradient is that of the mean log-probability, weighted by 2 e^{beta r} / (1 + e^{beta r}): 1 at the start, 0 once
 the answer has become unlikely. beta -> 0 is gradient ascent.
@@ -14,25 +14,30 @@ the answer has become unlikely. beta -> 0 is gradient ascent.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engram.core.forgetter import rows
 from engram.core.request import Request
-from engram.core.unlearning import GradientForgetter, usual_loss
 from engram.data.table import Batch
-from engram.engine.lm import sequence_logp
+from engram.engine.lm import summed_logp
 from engram.engine.losses import Mean
 from engram.engine.optimizer import Optimizer
 from engram.engine.run import Run
-from engram.engine.teacher import RowCache, cached
+from engram.engine.teacher import RowCache
+from engram.forget.language import Retaining, reference_logp
+
+
+def rejection(ratio: Tensor, beta: float) -> Mean:
+    """(2 / beta) mean log(1 + exp(beta r)) of log-ratios r [B]; its limit is r + (2 / beta) log 2 as beta goes to 0."""
+    return (2 / beta) * Mean.of(-F.logsigmoid(-beta * ratio))
 
 
 @dataclass(kw_only=True, eq=False)
-class NPO(GradientForgetter):
-    """`beta`: how soon the force dies out. `retain_weight` 0 is plain NPO, 1 is NPO+RT.
+class NPO(Retaining):
+    """`beta`: how soon the force dies out. `retain_weight` 0 is plain NPO; else `retain_term` "loss" is NPO+RT and "kl"
+    NPO+KL.
 
     For causal language models (token labels) and for classifiers. The reference's log-probabilities are computed once
     per row; there is no second model in memory. Cost: as the template, and one forward pass over the forget rows.
@@ -46,15 +51,9 @@ class NPO(GradientForgetter):
         return cls(beta=0.5, optimizer=Optimizer(lr=1e-3), epochs=2, batch_size=8)
 
     def targets(self, model: nn.Module, request: Request, run: Run) -> None:
-        self.reference: RowCache = cached(model, rows(request.forget), _logp, run, "reference log-probabilities")
+        super().targets(model, request, run)
+        self.reference: RowCache = reference_logp(model, rows(request.forget), run, "reference log-probabilities")
 
     def terms(self, model: nn.Module, forget: Batch, retain: Batch | None) -> Mean:
-        assert forget.labels is not None
-        ratio = sequence_logp(model(**forget.inputs).logits, forget.labels) - self.reference(forget)
-        loss = (2 / self.beta) * Mean.of(F.softplus(self.beta * ratio))
-        return loss if retain is None else loss + self.retain_weight * usual_loss(model, retain)
-
-
-def _logp(output: Any, batch: Batch) -> Tensor:
-    assert batch.labels is not None
-    return sequence_logp(output.logits, batch.labels)
+        ratio = summed_logp(model(**forget.inputs), forget) - self.reference(forget)
+        return self.with_retain(rejection(ratio, self.beta), model, retain)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from engram.errors import EngramError, unknown
 from engram.models.encoders import Encoder
 from engram.models.heads import LinearHead, ValueHead
-from engram.models.io import load
+from engram.models.io import fresh, load
 from engram.models.loadable import loadable
 from engram.models.predictor import Predictor
 from engram.models.seeding import seeded
@@ -35,7 +35,8 @@ def build(
     outputs: int | None = None,
     generator: torch.Generator,
 ) -> nn.Module:
-    """A model by name ("ResNet20"), mapping ({"name": "MLP", "hidden": [64]}), directory, or module (copied).
+    """A model by name ("ResNet20"), mapping ({"name": "MLP", "hidden": [64]}), directory, or module (copied);
+    {"fresh": DIRECTORY} is an untrained model like the saved one.
 
     inputs: the shape of one row by keyword, e.g. {"pixel_values": (3, 32, 32)}; arguments that follow from it
     may be left out. A named encoder gets a LinearHead of `classes`, or with `outputs` a ValueHead of that
@@ -48,6 +49,8 @@ def build(
         if str(spec) not in ENCODERS and Path(spec).is_dir():
             return load(spec)
         spec = {"name": str(spec)}
+    if "fresh" in spec:
+        return fresh(str(spec["fresh"]), generator)
     with seeded(generator):
         encoder = _encoder(spec, inputs)
         head = LinearHead(encoder.width, classes) if outputs is None else ValueHead(encoder.width, outputs)

@@ -51,6 +51,7 @@ def load(directory: str | Path) -> nn.Module:
     """
     config = _read_config(Path(directory) / CONFIG)
     weights = Path(directory) / WEIGHTS
+    _refuse_pickle(Path(directory))
     try:
         if "architectures" in config and "format" not in config:
             return hub.load(Path(directory), config)
@@ -59,6 +60,17 @@ def load(directory: str | Path) -> nn.Module:
         raise EngramError(f"cannot read {weights}: {error}") from error
     except EngramError as error:
         raise EngramError(f"cannot load {directory}: {error}") from error
+
+
+def fresh(directory: str | Path, generator: torch.Generator) -> nn.Module:
+    """An untrained model like the saved one: its config, new weights that follow `generator`."""
+    config = _read_config(Path(directory) / CONFIG)
+    if "architectures" in config and "format" not in config:
+        config = {"class": hub.NAME, "architecture": (config["architectures"] or [None])[0], "config": config}
+    description = {key: value for key, value in config.items() if key not in ("format", "tied")}
+    with seeded(generator):
+        model: nn.Module = _construct(description)
+    return model
 
 
 def pack(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -150,6 +162,18 @@ def _aliases(state: dict[str, Tensor]) -> dict[str, str]:
         if tensor.numel() and first.setdefault(place, name) != name:
             aliases[name] = first[place]
     return aliases
+
+
+PICKLED = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+
+
+def _refuse_pickle(directory: Path) -> None:
+    pickled = sorted(file.name for file in directory.iterdir() if file.suffix in PICKLED)
+    if pickled and not any(directory.glob("*.safetensors")):
+        raise EngramError(
+            f"{directory} holds weights in pickle format ({pickled[0]}), which can run code when it is read; where you "
+            "trust them, load the model with transformers and save_pretrained(…) it to a new directory, and use that"
+        )
 
 
 def _read_config(path: Path) -> dict[str, Any]:

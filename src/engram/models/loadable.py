@@ -21,6 +21,7 @@ LOADABLE: dict[str, str | type] = {
     "NearestMeanHead": "engram.models.heads:NearestMeanHead",
     "MatrixHead": "engram.models.heads:MatrixHead",
     "ValueHead": "engram.models.heads:ValueHead",
+    "KeyValueHead": "engram.models.key_value:KeyValueHead",
     "Predictor": "engram.models.predictor:Predictor",
     "Routed": "engram.models.routed:Routed",
     "Wrapper": "engram.models.guards:Wrapper",

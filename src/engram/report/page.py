@@ -11,6 +11,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, select_autoescape
 
+from engram.core.examination import AUDIT
 from engram.core.finding import Finding
 from engram.core.running import CONFIG, ENVIRONMENT, EVENTS, STATUS
 from engram.core.verdict import Judgement, judge
@@ -22,6 +23,11 @@ from engram.stats import continual
 
 REPORT, COMPARISON = "report.html", "comparison.html"
 Record = Mapping[str, Any]
+OVERALL = {
+    "pass": "Every finding that could be decided is the same as in the retrained models, within its margin.",
+    "fail": "At least one finding differs from the retrained models by more than its margin.",
+    "unknown": "Nothing failed, and not everything could be decided: the findings say what would be needed.",
+}
 
 
 def write_report(directory: str | Path, *, show_content: bool = False) -> Path:
@@ -46,6 +52,17 @@ def write_report(directory: str | Path, *, show_content: bool = False) -> Path:
             contents=_contents(config, records) if show_content else [],
         )
     )
+    write_atomic(folder / REPORT, page)
+    return folder / REPORT
+
+
+def write_audit(directory: str | Path) -> Path:
+    """Render `report.html` of an audit's directory from its `audit.json`; the path."""
+    folder = Path(directory)
+    audit = _json(folder / AUDIT)
+    template = _environment().get_template("audit.html")
+    items = [_finding(finding) for finding in audit["findings"]]
+    page = template.render(title="Audit", audit=audit, items=items, sentence=OVERALL[audit["verdict"]])
     write_atomic(folder / REPORT, page)
     return folder / REPORT
 
@@ -163,7 +180,7 @@ def _finding(plain: Mapping[str, Any]) -> dict[str, Any]:
     judged: Judgement = judge(finding)
     return {
         "name": finding.name,
-        "probe": plain["probe"],
+        "probe": plain.get("probe", ""),
         "finding": finding,
         "verdict": str(judged.verdict),
         "sentence": judged.sentence,
@@ -216,6 +233,8 @@ def _title(config: str) -> str:
 
 def _json(path: Path) -> Any:
     if not path.exists():
+        if path.name == AUDIT:
+            raise EngramError(f"{path.parent} holds no audit ({path.name} is missing)")
         status = path.parent / STATUS
         what = "a run that has not finished; use engram run --resume" if status.exists() else "no run"
         raise EngramError(f"{path.parent} holds {what} ({path.name} is missing)")

@@ -115,7 +115,7 @@ def tpr_at(pos: Values, neg: Values, fpr: float, level: float = 0.95) -> Estimat
     allowed, half = floor(fpr * len(q) + 1e-9), (1 - level) / 2
     hits = int((p > q[allowed]).sum()) if allowed < len(q) else len(p)
     few, many = (int(binom.ppf(tail, len(q), fpr)) for tail in (half / 2, 1 - half / 2))
-    least = int((p >= q[few - 1]).sum()) if few > 0 else 0
+    least = int((p > q[few - 1]).sum()) if few > 0 else 0
     most = int((p > q[many]).sum()) if many < len(q) else len(p)
     low, high = proportion(least, len(p), 1 - half).low, proportion(most, len(p), 1 - half).high
     return Estimate(hits / len(p), low, high, len(p))

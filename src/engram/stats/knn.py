@@ -19,8 +19,9 @@ def nearest(
     """Values and indices, both [m, k], of the k rows of bank [n, d] nearest to each row of q [m, d], in order.
 
     Values are similarities, falling ("cosine", "dot"), or distances, rising ("l2", computed in float64).
-    Equally near rows come in the order of the bank. `drop_self`: q is the bank, and row i is no neighbour of
-    row i. Raises EngramError when the bank has fewer than k rows. O(m n d); memory block² + m k.
+    Rows of equal value come in the order of the bank; rounding may part copies of one row. `drop_self`: q is
+    the bank, and row i is no neighbour of row i. Raises EngramError when the bank has fewer than k rows.
+    O(m n d); memory block² + m k.
     """
     _check(q, bank, k + drop_self)
     dtype = torch.promote_types(torch.promote_types(q.dtype, bank.dtype), torch.float32)

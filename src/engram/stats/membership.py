@@ -44,7 +44,8 @@ def threshold_attack(members: Values, others: Values) -> Attack:
     """The best threshold on the loss, the smallest of several; chosen on the same rows, so never below .5."""
     m, o = _losses(members, others)
     curve = roc(-m, -o)
-    best = int(np.argmax(curve.tpr - curve.fpr))
+    hits, alarms = np.rint(curve.tpr * len(m)), np.rint(curve.fpr * len(o))
+    best = int(np.argmax(hits * len(o) - alarms * len(m)))  # whole numbers, so that equal is equal
     accuracy = float(1 + curve.tpr[best] - curve.fpr[best]) / 2
     return Attack(accuracy, float(-curve.thresholds[best]), auc(-m, -o))
 
@@ -91,7 +92,7 @@ def entropy_attack(
     """Share of forget rows called members by a classifier of entropies, trained on retain (1) and test (0).
 
     "logistic" as in SSD (Foster et al. 2024), "svc" (rbf, C = 3) as in bad teaching (Chundawat et al. 2023),
-    both with balanced class weights.    The aim is the value of retrained models, not 0.
+    both with balanced class weights. The aim is the value of retrained models, not 0.
     """
     r, t, f = (array(x).reshape(-1, 1) for x in (retain, test, forget))
     model = _classifier(classifier).fit(np.concatenate([r, t]), np.repeat([1, 0], [len(r), len(t)]))
@@ -103,7 +104,7 @@ def _classifier(kind: str) -> Any:
     from sklearn.svm import SVC
 
     logistic = LogisticRegression(class_weight="balanced")
-    return {"logistic": logistic, "svc": SVC(C=3, gamma="auto", class_weight="balanced")}[kind]
+    return {"logistic": logistic, "svc": SVC(C=3, gamma="auto", class_weight="balanced", random_state=0)}[kind]
 
 
 def _losses(members: Values, others: Values) -> tuple[np.ndarray, np.ndarray]:

@@ -33,9 +33,12 @@ def cmc_map(
     if dist.shape != (len(q_labels), len(g_labels)):
         raise EngramError(f"distances are {tuple(dist.shape)}, labels say {(len(q_labels), len(g_labels))}")
     relevant = q_labels.unsqueeze(1) == g_labels
+    order = dist.argsort(dim=1, stable=True)
     if drop_self:  # last in the ranking and irrelevant: it moves no other rank
-        dist, relevant = dist.clone().fill_diagonal_(torch.inf), relevant.clone().fill_diagonal_(False)
-    hits = relevant.gather(1, dist.argsort(dim=1, stable=True))
+        own = order == torch.arange(len(order), device=order.device).unsqueeze(1)
+        order = order.gather(1, own.int().argsort(dim=1, stable=True))
+        relevant = relevant.clone().fill_diagonal_(False)
+    hits = relevant.gather(1, order)
     hits = hits[hits.any(1)]
     if not len(hits):
         raise EngramError("no query has a relevant row in the gallery: there is nothing to rank")

@@ -48,7 +48,9 @@ def modified_entropy(logits: Tensor, y: Tensor) -> Tensor:
     log_p = logits.log_softmax(1)
     log_rest = _log_complement(log_p)
     others = (log_p.exp() * log_rest).scatter(1, own, 0).sum(1)
-    return (-log_rest.exp().gather(1, own) * log_p.gather(1, own)).squeeze(1) - others
+    rest, log_own = log_rest.exp().gather(1, own), log_p.gather(1, own)
+    log_own = torch.where(log_own > -0.5, torch.log1p(-rest), log_own)  # ln p loses its digits near p = 1
+    return (-rest * log_own).squeeze(1) - others
 
 
 def conformal_threshold(scores: Tensor, labels: Tensor, alpha: float) -> float:

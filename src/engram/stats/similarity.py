@@ -61,10 +61,10 @@ def alignment(z: Tensor, z2: Tensor) -> float:
 def uniformity(z: Tensor) -> float:
     """log of the mean of exp(-2·squared distance) over all pairs of z [n, d] on the unit sphere.
 
-    Lower is better; (Wang & Isola 2020.) 0 for collapsed rows. O(n² d), n²/2 doubles.
+    Lower is better; 0 for collapsed rows (Wang & Isola 2020). O(n² d), n²/2 doubles.
     """
     pairs = torch.pdist(z.double()).square().mul(-2)
-    return (pairs.logsumexp(0) - torch.tensor(float(len(pairs))).log()).item()
+    return (pairs.logsumexp(0) - pairs.new_tensor(len(pairs)).log()).item()
 
 
 def _centred(x: Tensor) -> Tensor:

@@ -1,0 +1,335 @@
+"""The erasure desk: directories and files in, directories out. What `engram forget`, `audit` and `prepare` do."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from engram import catalogue
+from engram.core import erasure
+from engram.core.environment import environment
+from engram.core.forgetter import Forgetter
+from engram.core.learner import Forgetful, Learner
+from engram.core.needs import Need, lacking, satisfied
+from engram.core.persist import MODEL, is_learner, load_learner, save_learner
+from engram.core.reading import rows_for
+from engram.core.request import Concept, Request
+from engram.core.settings import describe, make, name_of
+from engram.core.stored import ACCOUNT, home_of, model_in, read_recipe, read_statistics, write_statistics
+from engram.core.verbs import AUTO
+from engram.data.table import Table
+from engram.data.where import column_of
+from engram.engine.progress import Progress
+from engram.engine.run import Run
+from engram.errors import EngramError, unknown
+from engram.files import new_directory, write_atomic
+from engram.models import io
+from engram.models.guards import Wrapper
+
+FORMAT = 1
+Account = dict[str, Any]
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".index.json")
+
+
+@dataclass(frozen=True)
+class What:
+    """What must be forgotten, as a command line names it: one of these."""
+
+    ids: Path | None = None
+    classes: tuple[str, ...] = ()
+    where: str | None = None
+    concept: str | None = None
+
+    def request(self, table: Table, *, ignore_missing: bool = False) -> Request:
+        """The request on the rows of a table. EngramError names ids, classes or columns that are not there."""
+        given = [self.ids is not None, bool(self.classes), self.where is not None, self.concept is not None]
+        if sum(given) != 1:
+            raise EngramError("say what must be forgotten by one of --forget FILE, --classes, --where and --concept")
+        if self.concept is not None:
+            return Request(Concept(self.concept), None, table if len(table) else None)
+        if self.classes:
+            return Request.of_classes(table, tuple(_class(table, name) for name in self.classes))
+        if self.where is not None:
+            return Request.of_records(table, table.where(self.where).ids)
+        return Request.of_records(table, _ids(self.ids or Path(), table, ignore_missing))
+
+    def columns(self) -> dict[str, Any]:
+        """What reading the rows has to keep for it."""
+        name = column_of(self.where) if self.where is not None else "id"
+        return {} if name in ("id", "label") else {"keep": (name,)}
+
+    def words(self) -> dict[str, Any]:
+        """How the request was put, without the ids of records."""
+        if self.ids is not None:
+            return {"records": "a list of ids"}
+        return {
+            k: v for k, v in {"classes": list(self.classes), "where": self.where, "concept": self.concept}.items() if v
+        }
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The method that was taken, why, and the candidates: (name, what it lacks)."""
+
+    method: Forgetter | None  # None: the learner's own
+    name: str
+    why: str
+    candidates: tuple[tuple[str, str], ...]
+
+    def lines(self) -> list[str]:
+        """For the person who asked for "auto"."""
+        listed = [f"  {name:<28} {lack or 'can be used'}" for name, lack in self.candidates]
+        return ["candidates:", *listed, f"taken: {self.name}, {self.why}"]
+
+
+@dataclass
+class Desk:
+    """One request on one model. `directory`: of a model or learner; `data`: the rows it was trained on, as far as they
+    are at hand; `columns`: id, label, text, image, prompt."""
+
+    directory: Path
+    data: str
+    what: What
+    columns: Mapping[str, Any] = field(default_factory=dict)
+    recipe: Path | None = None
+    statistics: Path | None = None
+    ignore_missing: bool = False
+    device: str = "cpu"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        self.learner: Learner | None = None
+        self.tasks = 0
+        if is_learner(self.directory):
+            self.learner, self.tasks = load_learner(self.directory)
+            self.model = self.learner.model
+            home = self.directory / MODEL
+        else:
+            self.model, home = io.load(self.directory), self.directory
+        self.table = rows_for(home, self.model, self.data, **self.columns, **self.what.columns())
+        at_hand = {
+            Need.RECIPE: None if self.recipe is None else read_recipe(self.recipe, self.directory, self.table),
+            Need.STATISTICS: None if self.statistics is None else read_statistics(self.statistics, self.model),
+        }
+        self.request = self.what.request(self.table, ignore_missing=self.ignore_missing).but(at_hand=at_hand)
+
+    def choose(self, method: str | Mapping[str, Any]) -> Choice:
+        """The method of a name, or by itself ("auto"): the learner's own exact forgetting, else the first in the order
+        that can do with what is at hand. EngramError, naming what would be needed, if none can."""
+        own = isinstance(self.learner, Forgetful)
+        if method != "auto":
+            made = make(method, wing="forget")
+            if not isinstance(made, Forgetter):
+                raise EngramError(f"{name_of(made)} is no forgetter; see engram methods --wing forget")
+            if not _takes(made, self.request):
+                raise EngramError(f"{name_of(made)} forgets records and classes; it cannot take a concept")
+            made.check(self.request)
+            return Choice(made, name_of(made), "as was asked for", ())
+        have = self.request.have()
+        made = [forgetter for name in AUTO if _takes(forgetter := make(name), self.request)]
+        if not made:
+            raise EngramError("none of the usual methods takes a concept; name one with --method (engram methods)")
+        lacks = [(name_of(m), "" if satisfied(m.needs, have) else f"lacks {lacking(m.needs, have)}") for m in made]
+        if own and self.learner is not None:
+            name = name_of(self.learner)
+            exact = "exact: the same as never having learnt the rows" if self.learner.exact else "the learner's own way"
+            return Choice(None, name, exact, ((name, ""), *lacks[:2]))
+        fitting = [m for m, (_, lack) in zip(made, lacks, strict=True) if not lack]
+        if not fitting:
+            listed = "; ".join(f"{name} {lack}" for name, lack in lacks[:3])
+            raise EngramError(f"no forgetter can do with what is at hand: {listed}; see engram methods --have …")
+        return Choice(
+            fitting[0], name_of(fitting[0]), "the first of the usual order that can be used", tuple(lacks[:3])
+        )
+
+    def forget(
+        self,
+        choice: Choice,
+        out: str | Path,
+        *,
+        resume: bool = False,
+        ledger: Any = None,
+        reason: str = "",
+        progress: Progress | None = None,
+    ) -> dict[str, Any]:
+        """Forget, and write the new model (or learner) to `out`, whole or not at all; its account, without ids.
+
+        Finished phases are journaled in `OUT.work`, which is removed at the end; `resume` goes on from there.
+        """
+        target, work = Path(out), Path(f"{out}.work")
+        if target.exists():
+            raise EngramError(f"{target} exists; choose another --out")
+        if work.exists() and not resume:
+            raise EngramError(f"{work} holds an interrupted request; go on with --resume, or delete it")
+        run = Run(work, seed=self.seed, device=self.device, progress=progress)
+        self._claim(work, choice)
+        notes = _Notes(ledger, self, reason)
+        result, exact, residue = self._forgotten(choice, run)
+        account: dict[str, Any] = run.phase(
+            "account", lambda: self._account(choice, result, exact, residue, run, notes)
+        )
+        with new_directory(target) as fresh:
+            self._write(result, fresh)
+            (fresh / ACCOUNT).write_text(json.dumps(account, indent=1, ensure_ascii=False))
+        notes.holder(target, _model_of(result), account)
+        shutil.rmtree(work, ignore_errors=True)
+        return account
+
+    def _account(
+        self, choice: Choice, result: nn.Module | Learner, exact: bool, residue: int, run: Run, notes: _Notes
+    ) -> dict[str, Any]:
+        """What was done, without ids, as it is written beside the model and told to the ledger."""
+        account = {
+            "format": FORMAT,
+            "request": {**self.what.words(), "records": len(self.request.ids)},
+            "method": describe(choice.method) if choice.method is not None else {"name": choice.name},
+            "needed": sorted(self._needed(choice)),
+            "exact": exact,
+            "weights_hold_it": isinstance(result, Wrapper),
+            "residue": residue,
+            "before": io.digest(self.model),
+            "cost": asdict(run.cost),
+            "environment": environment(self.device),
+        }
+        return account | notes.action(account)
+
+    def _claim(self, work: Path, choice: Choice) -> None:
+        """The journal belongs to this request; EngramError if it belongs to another."""
+        method = choice.name if choice.method is None else describe(choice.method)
+        mine = json.dumps([io.digest(self.model), self.table.digest, method, list(self.request.ids), self.seed])
+        file = work / "request.sha256"
+        digest = _sha256(mine)
+        if file.exists() and file.read_text() != digest:
+            raise EngramError(f"{work} was begun for another request, model or method; delete it, or repeat that one")
+        write_atomic(file, digest)
+
+    def _forgotten(self, choice: Choice, run: Run) -> tuple[nn.Module | Learner, bool, int]:
+        """The new model or learner, whether that is exact, and how many records some trace still holds."""
+        if self.learner is not None:
+            done = erasure.forget(self.learner, self.request, choice.method, run)
+            return self.learner, done.exact, len(done.residue)
+        assert choice.method is not None
+        result = choice.method.forget(self.model, self.request, run)
+        return result, choice.method.exact, 0 if choice.method.exact else len(self.request.ids)
+
+    def _needed(self, choice: Choice) -> Iterable[str]:
+        have = self.request.have()
+        wanted = choice.method.needs if choice.method is not None else ()
+        return next((map(str, need) for need in wanted if need <= have), ())
+
+    def _write(self, result: nn.Module | Learner, fresh: Path) -> None:
+        if isinstance(result, Learner):
+            save_learner(result, fresh, tasks=self.tasks)
+        else:
+            io.save(result, fresh)
+        for file in self.directory.iterdir():  # tokenizer, processor, preprocessing
+            if file.is_file() and not (fresh / file.name).exists() and _beside(file.name):
+                shutil.copyfile(file, fresh / file.name)
+
+
+def prepare(
+    directory: Path,
+    data: str,
+    method: str | Mapping[str, Any],
+    out: str | Path,
+    columns: Mapping[str, Any],
+    seed: int = 0,
+    device: str = "cpu",
+) -> tuple[list[str], Table]:
+    """Store what lets `method` forget later with the forget rows alone; the kinds of statistics, and their rows."""
+    made = make(method, wing="forget")
+    if not hasattr(made, "prepare"):
+        able = [m.name for m in catalogue.methods() if any("statistics" in need for need in m.needs)]
+        raise EngramError(f"{name_of(made)} has nothing to prepare; {', '.join(able)} have")
+    if Path(out).exists():
+        raise EngramError(f"{out} exists; choose another --out")
+    model = model_in(directory)
+    table = rows_for(home_of(directory), model, data, **columns)
+    found = made.prepare(model, table, Run(seed=seed, device=device))
+    write_statistics(out, found, model=model, method=describe(made), rows=len(table))
+    return sorted(found), table
+
+
+class _Notes:
+    """What the ledger is told, if there is one."""
+
+    def __init__(self, ledger: Any, desk: Desk, reason: str) -> None:
+        self.ledger, self.desk, self.reason = ledger, desk, reason
+        self.parent = None
+        if ledger is not None:
+            held = ledger.holder_of(desk.directory)
+            self.parent = held or ledger.add_holder(
+                self._kind, desk.directory, desk.table.ids, weights=io.digest(desk.model), source="as told by its owner"
+            )
+
+    @property
+    def _kind(self) -> str:
+        return "model" if self.desk.learner is None else "learner"
+
+    def action(self, account: Mapping[str, Any]) -> dict[str, Any]:
+        if self.ledger is None:
+            return {}
+        request = self.ledger.add_request(self.desk.request.ids, what=self.desk.what.words(), reason=self.reason)
+        kept = {key: account[key] for key in ("needed", "weights_hold_it", "cost")}
+        entry = self.ledger.add_action(
+            request.number, method=account["method"], exact=account["exact"], residue=account["residue"], **kept
+        )
+        return {"ledger": {"request": request.number, "action": entry.number, "hash": entry.hash}}
+
+    def holder(self, out: Path, model: nn.Module, account: Mapping[str, Any]) -> None:
+        if self.ledger is not None and self.parent is not None:
+            action = account["ledger"]["action"]
+            self.ledger.add_holder(
+                self._kind, out, (), weights=io.digest(model), parent=self.parent.number, action=action
+            )
+
+
+def _takes(method: Forgetter, request: Request) -> bool:
+    """A concept is for methods that ask for one."""
+    return not isinstance(request.what, Concept) or any(Need.CONCEPT in need for need in method.needs)
+
+
+def _ids(file: Path, table: Table, ignore_missing: bool) -> tuple[str, ...]:
+    """One id a line; blank lines do not count, and an id that comes twice counts once."""
+    try:
+        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise EngramError(f"the list of ids {file} cannot be read: {error}") from error
+    named = tuple(dict.fromkeys(filter(None, lines)))
+    absent = [id for id in named if id not in table.positions]
+    if absent and not ignore_missing:
+        shown = ", ".join(absent[:5])
+        raise EngramError(
+            f"{len(absent)} of {len(named)} ids are not in the data: {shown}{' …' if len(absent) > 5 else ''}; "
+            "--ignore-missing goes on without them"
+        )
+    return tuple(id for id in named if id in table.positions)
+
+
+def _class(table: Table, name: str) -> int:
+    by_name = {text: number for number, text in table.names.items()}
+    if name in by_name:
+        return by_name[name]
+    if name.lstrip("-").isdigit() and int(name) in table.classes:
+        return int(name)
+    raise unknown("class", name, [*by_name, *map(str, table.classes)])
+
+
+def _model_of(result: nn.Module | Learner) -> nn.Module:
+    return result.model if isinstance(result, Learner) else result
+
+
+def _beside(name: str) -> bool:
+    """Files that belong to a model and are not its weights."""
+    return not name.endswith(WEIGHTS) and name not in (io.CONFIG, ACCOUNT)
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,145 @@
+"""The examination of a model that was made to forget, and what may be certified of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from engram.core.desk import Desk, What
+from engram.core.environment import environment
+from engram.core.finding import Finding, Verdict
+from engram.core.needs import Need
+from engram.core.reading import rows_for
+from engram.core.request import Classes
+from engram.core.stored import ACCOUNT, account_of, home_of, model_in, read_json
+from engram.core.verbs import examine
+from engram.data.table import Table
+from engram.engine.progress import Progress
+from engram.engine.run import Run
+from engram.errors import EngramError
+from engram.files import new_directory
+from engram.models import io
+from engram.models.guards import Wrapper
+
+FORMAT = 1
+AUDIT = "audit.json"
+
+
+@dataclass
+class Audit:
+    """The examination of a model that was made to forget. `oracles`: directories of models retrained without the rows;
+    at least five give verdicts. `test`: rows that no model was trained on."""
+
+    before: Path
+    after: Path
+    data: str
+    what: What
+    test: str | None = None
+    oracles: Sequence[Path] = ()
+    columns: Mapping[str, Any] = field(default_factory=dict)
+    recipe: Path | None = None
+    probes: Sequence[str] | None = None
+    ignore_missing: bool = False
+    device: str = "cpu"
+    seed: int = 0
+
+    def examine(self, out: str | Path, progress: Progress | None = None) -> dict[str, Any]:
+        """Probe the model and write the findings (`audit.json`) into the directory `out`; what it holds."""
+        target = Path(out)
+        if target.exists():
+            raise EngramError(f"{target} exists; choose another --out")
+        desk = Desk(
+            self.before,
+            self.data,
+            self.what,
+            self.columns,
+            recipe=self.recipe,
+            ignore_missing=self.ignore_missing,
+            seed=self.seed,
+        )
+        after = model_in(self.after)
+        test = None if self.test is None else rows_for(home_of(self.before), desk.model, self.test, **self.columns)
+        request = desk.request
+        classes = request.what.labels if isinstance(request.what, Classes) else None
+        run = Run(seed=self.seed, device=self.device, progress=progress)
+        findings = examine(
+            after,
+            before=desk.model,
+            forget=request.forget,
+            retain=request.retain,
+            test=test,
+            classes=classes,
+            oracles=[model_in(path) for path in self.oracles],
+            recipe=request.at_hand.get(Need.RECIPE),
+            probes=self.probes,
+            run=run,
+        )
+        account = account_of(self.after)
+        found = {
+            "format": FORMAT,
+            "request": {**self.what.words(), "records": len(request.ids)},
+            "method": account.get("method"),
+            "exact": account.get("exact", False),
+            "weights_hold_it": isinstance(after, Wrapper),
+            "residue": account.get("residue"),
+            "before": io.digest(desk.model),
+            "after": io.digest(after),
+            "rows": {"forget": len(request.ids), "retain": _count(request.retain), "test": _count(test)},
+            "oracles": len(self.oracles),
+            "findings": [finding.as_dict() for finding in findings],
+            "verdict": verdict_of(findings),
+            "cost": asdict(run.cost),
+            "environment": environment(self.device),
+        }
+        with new_directory(target) as fresh:
+            (fresh / AUDIT).write_text(json.dumps(found, indent=1, ensure_ascii=False))
+        return found
+
+
+def verdict_of(findings: Sequence[Finding]) -> str:
+    """fail if any finding fails, pass if all that have a verdict pass, else unknown."""
+    verdicts = {finding.verdict for finding in findings} - {Verdict.NONE}
+    if Verdict.FAIL in verdicts:
+        return str(Verdict.FAIL)
+    return str(Verdict.PASS if verdicts == {Verdict.PASS} else Verdict.UNKNOWN)
+
+
+def predicate(model: str | Path, audit: str | Path | None) -> dict[str, Any]:
+    """What a certificate says of a model that `forget` wrote: what was asked and done, and what the audit found, if it
+    was about these weights. EngramError if the model has no account, or the audit is of another model."""
+    account = account_of(Path(model))
+    if not account:
+        raise EngramError(f"{model} has no {ACCOUNT}: only what engram forget wrote can be certified")
+    said = (
+        "The weights still hold what was forgotten: a guard around them hides it." if account["weights_hold_it"] else ""
+    )
+    stated = {
+        "claim": " ".join(filter(None, (_CLAIMS[account["exact"]], said))),
+        **{key: account[key] for key in ("request", "method", "needed", "exact", "weights_hold_it", "residue")},
+        "before": account["before"],
+        "after": io.digest(model_in(Path(model))),
+        "ledger": account.get("ledger"),
+        "environment": account["environment"],
+    }
+    if audit is None:
+        return {**stated, "audit": None}
+    found = read_json(Path(audit) / AUDIT)
+    if found.get("after") != stated["after"]:
+        raise EngramError(f"the audit in {audit} is about another model than {model}")
+    findings = [{k: v for k, v in finding.items() if k != "curve"} for finding in found["findings"]]
+    kept = {key: found[key] for key in ("verdict", "rows", "oracles")}
+    return {**stated, "audit": {**kept, "findings": findings}}
+
+
+_CLAIMS = {
+    True: "The method is exact: its result is that of never having learnt the records, up to the rounding it states.",
+    False: "The method is approximate: nothing is claimed beyond the findings of the audit.",
+}
+_GUARDED = "The weights still hold what was forgotten; a guard around them hides it."
+
+
+def _count(table: Table | None) -> int:
+    return 0 if table is None else len(table)

@@ -1,0 +1,248 @@
+"""The erasure desk: what goes in, what comes out, and what is refused with a sentence."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from sklearn.datasets import load_digits
+
+import engram
+from engram.cli import main
+from engram.core.ledger import Ledger
+from engram.core.persist import save_learner
+from engram.core.stored import read_statistics
+from engram.data.readers import read_with
+from engram.data.task import Task
+from engram.engine.optimizer import Optimizer
+from engram.engine.recipe import Recipe
+from engram.keep.acu import ACU
+from engram.models.io import digest, load
+
+RECIPE = Recipe({"name": "MLP", "hidden": [16]}, Optimizer("adam", lr=0.01), epochs=5)
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Rows of four digits, a network and an ACU learner that learnt them, and a list of ids."""
+    home = tmp_path_factory.mktemp("desk")
+    x, y = load_digits(n_class=4, return_X_y=True)
+    names = [("zero", "one", "two", "three")[c] for c in y]
+    ids = [f"digit-{k}" for k in range(len(y))]
+    rows = pa.table({"id": ids, **{f"p{j}": x[:, j] for j in range(1, 64)}, "label": names})
+    pq.write_table(rows.slice(0, 400), home / "train.parquet")
+    pq.write_table(rows.slice(400), home / "test.parquet")
+    table, preprocessing = read_with(home / "train.parquet")
+    engram.save(RECIPE(table, 0), home / "model")
+    preprocessing.save(home / "model")
+    learner = ACU(size=64)
+    learner.learn(Task(table, None, 0, table.classes, table.names))
+    save_learner(learner, home / "learner", tasks=1)
+    preprocessing.save(home / "learner")
+    (home / "ids.txt").write_text("\n".join(f"digit-{k}" for k in range(12)) + "\n\ndigit-3\n")
+    (home / "recipe.yaml").write_text(
+        "network: {name: MLP, hidden: [16]}\noptimizer: {name: adam, lr: 0.01}\nepochs: 5\n"
+    )
+    return home
+
+
+def engram_(desk: Path, command: str, *more: str) -> int:
+    words = [word.replace("@", f"{desk}/") for word in command.split()]
+    return main([*words, *more])
+
+
+def forget(
+    desk: Path, out: Path, *more: str, model: str = "model", what: Sequence[str] = ("--forget", "@ids.txt")
+) -> int:
+    named = [word.replace("@", f"{desk}/") for word in what]
+    return engram_(desk, f"forget --model @{model} --data @train.parquet --out {out}", *named, *more)
+
+
+def test_a_model_forgets_and_stays_as_it_was(desk: Path, tmp_path: Path) -> None:
+    before = digest(load(desk / "model"))
+    assert forget(desk, tmp_path / "new", "--method", "ssd", "--set", "alpha=1.5") == 0
+    account = json.loads((tmp_path / "new" / "erasure.json").read_text())
+    assert account["request"] == {"records": 12} and account["method"]["alpha"] == 1.5
+    assert not account["exact"] and account["residue"] == 12 and account["before"] == before
+    assert "digit-3" not in (tmp_path / "new" / "erasure.json").read_text()
+    assert digest(load(desk / "model")) == before != digest(load(tmp_path / "new"))
+    assert (tmp_path / "new" / "preprocessing.json").exists() and not Path(f"{tmp_path}/new.work").exists()
+
+
+def test_retraining_with_a_recipe_is_the_recipe_without_the_rows(desk: Path, tmp_path: Path) -> None:
+    assert forget(desk, tmp_path / "new", "--recipe", str(desk / "recipe.yaml")) == 0
+    account = json.loads((tmp_path / "new" / "erasure.json").read_text())
+    assert account["exact"] and account["method"]["name"] == "forget.Retrain" and account["residue"] == 0
+    assert "recipe" in account["needed"]
+
+
+def test_a_learner_forgets_in_its_own_way_and_goes_on_learning(desk: Path, tmp_path: Path) -> None:
+    assert forget(desk, tmp_path / "new", model="learner") == 0
+    account = json.loads((tmp_path / "new" / "erasure.json").read_text())
+    assert account["exact"] and account["method"]["name"] == "keep.ACU" and account["residue"] == 0
+    more = f"learn --learner {tmp_path}/new --data @test.parquet --out {tmp_path}/more"
+    assert engram_(desk, more) == 0
+    assert forget(desk, tmp_path / "again", "--quiet", model="learner", what=("--classes", "two")) == 0
+
+
+def test_the_candidates_are_said_before_work(desk: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert forget(desk, tmp_path / "new") == 0
+    said = capsys.readouterr().out
+    assert "forget.Retrain               lacks recipe" in said
+    assert "taken: forget.SSD, the first of the usual order" in said
+
+
+def test_stored_statistics_give_the_same_weights(desk: Path, tmp_path: Path) -> None:
+    assert engram_(desk, f"prepare --model @model --data @train.parquet --method ssd --out {tmp_path}/stored") == 0
+    for name, more in (("with", ("--statistics", f"{tmp_path}/stored")), ("without", ())):
+        assert forget(desk, tmp_path / name, "--method", "ssd", *more) == 0
+    a, b = (load(tmp_path / name).state_dict() for name in ("with", "without"))
+    assert all(torch.allclose(a[name], b[name], atol=1e-6) for name in a)
+    with pytest.raises(engram.errors.EngramError, match="another model"):
+        read_statistics(tmp_path / "stored", load(tmp_path / "with"))
+
+
+@pytest.mark.parametrize(
+    "what", [("--classes", "three", "zero"), ("--where", "label == one"), ("--where", "p36 > 12"), ("--where", "id != x")]
+)
+def test_rows_can_be_named_by_class_or_by_any_column(what: Sequence[str], desk: Path, tmp_path: Path) -> None:
+    rows = pq.read_table(desk / "train.parquet").to_pandas()
+    wanted = {
+        "three": rows.label.isin(["three", "zero"]).sum(),
+        "label == one": (rows.label == "one").sum(),
+        "p36 > 12": (rows.p36 > 12).sum(),
+        "id != x": 0,
+    }[what[1]]
+    assert forget(desk, tmp_path / "new", "--method", "ssd", what=what) == (0 if wanted else 2)
+    if wanted:
+        assert json.loads((tmp_path / "new" / "erasure.json").read_text())["request"]["records"] == wanted
+
+
+def test_an_interrupted_request_goes_on_and_the_ledger_tells_it_once(
+    desk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import engram.core.desk as module
+
+    ledger = ("--ledger", f"{tmp_path}/l.sqlite")
+    assert forget(desk, tmp_path / "whole", "--method", "ssd") == 0
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module.io, "save", killed)
+        assert forget(desk, tmp_path / "new", "--method", "ssd", *ledger) == 130
+    assert not (tmp_path / "new").exists()
+    assert forget(desk, tmp_path / "new", "--method", "ssd", *ledger) == 2  # say --resume
+    assert forget(desk, tmp_path / "new", "--method", "ssd", "--resume", "--seed", "3", *ledger) == 2  # another request
+    assert forget(desk, tmp_path / "new", "--method", "ssd", "--resume", *ledger) == 0
+    assert digest(load(tmp_path / "new")) == digest(load(tmp_path / "whole"))
+    kinds = [entry.kind for entry in Ledger(f"{tmp_path}/l.sqlite").entries()]
+    assert kinds == ["holder", "request", "action", "holder"]
+
+
+def test_requests_in_sequence_keep_lineage_and_residue(desk: Path, tmp_path: Path) -> None:
+    ledger = ("--ledger", f"{tmp_path}/l.sqlite")
+    (desk / "later.txt").write_text("digit-20\n")
+    assert forget(desk, tmp_path / "first", "--method", "ssd", *ledger) == 0
+    again = f"forget --model {tmp_path}/first --data @train.parquet --forget @later.txt --out {tmp_path}/second"
+    assert engram_(desk, again, "--method", "ssd", *ledger) == 0
+    book = Ledger(f"{tmp_path}/l.sqlite")
+    held = {Path(h.path).name: h.forgotten for h in book.where("digit-3")}
+    assert held["model"] is None and held["first"] == held["second"] == "forget.SSD, approximate (entry 3)"
+    later = {Path(h.path).name: h.forgotten for h in book.where("digit-20")}
+    assert later == {"model": None, "first": None, "second": "forget.SSD, approximate (entry 6)"}
+    book.verify()
+
+
+def test_a_certificate_speaks_of_the_audited_weights_alone(
+    desk: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, alpha in (("one", "1.5"), ("two", "1.2")):
+        assert forget(desk, tmp_path / name, "--method", "ssd", "--set", f"alpha={alpha}") == 0
+    audit = (
+        f"audit --before @model --after {tmp_path}/one --data @train.parquet --forget @ids.txt --out {tmp_path}/audit"
+    )
+    assert engram_(desk, f"{audit} --test @test.parquet") == 3
+    assert engram_(desk, audit) == 2  # --out exists
+    assert engram_(desk, f"certificate keygen {tmp_path}/k.key") == 0
+    issue = f"certificate issue --audit {tmp_path}/audit --key {tmp_path}/k.key"
+    assert engram_(desk, f"{issue} --model {tmp_path}/one --out {tmp_path}/one.json") == 0
+    assert engram_(desk, f"{issue} --model {tmp_path}/two --out {tmp_path}/two.json") == 2
+    assert "about another model" in capsys.readouterr().err
+    assert engram_(desk, f"{issue} --model @model --out {tmp_path}/two.json") == 2
+    assert "only what engram forget wrote" in capsys.readouterr().err
+    verify = f"certificate verify {tmp_path}/one.json --key {tmp_path}/k.pub"
+    assert engram_(desk, f"{verify} --model {tmp_path}/one --json") == 0
+    stated = json.loads(capsys.readouterr().out)
+    assert stated["audit"]["verdict"] == "unknown" and "approximate" in stated["claim"]
+    assert engram_(desk, f"{verify} --model {tmp_path}/two") == 2
+
+
+REFUSED = {
+    "unknown id": (["--forget", "@wrong.txt"], [], "1 of 2 ids are not in the data: digit-9999; --ignore-missing"),
+    "empty list": (["--forget", "@empty.txt"], [], "forget set is empty"),
+    "no list": (["--forget", "@nothing.txt"], [], "cannot be read"),
+    "unknown class": (["--classes", "thre"], [], "three"),
+    "unknown column": (["--where", "colour == red"], [], "colour"),
+    "unknown method": (["--forget", "@ids.txt"], ["--method", "sdd"], "SSD"),
+    "no forgetter": (["--forget", "@ids.txt"], ["--method", "keep.NMC"], "keep.NMC"),
+    "unknown setting": (["--forget", "@ids.txt"], ["--method", "ssd", "--set", "alfa=1"], "alpha"),
+    "lacks": (["--forget", "@ids.txt"], ["--method", "retrain"], "recipe"),
+    "auto has no settings": (["--forget", "@ids.txt"], ["--set", "alpha=1"], "auto"),
+    "no concept": (["--concept", "the number two"], [], "takes a concept"),
+    "concept for another": (["--concept", "two"], ["--method", "ssd"], "cannot take a concept"),
+    "out exists": (["--forget", "@ids.txt"], ["--out", "@model"], "exists"),
+    "wrong recipe": (["--forget", "@ids.txt"], ["--recipe", "@ids.txt"], "recipe"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_bad_input_ends_in_a_sentence(
+    case: str, desk: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (desk / "wrong.txt").write_text("digit-1\ndigit-9999\n")
+    (desk / "empty.txt").write_text("\n")
+    what, more, sentence = REFUSED[case]
+    assert forget(desk, tmp_path / "new", *(word.replace("@", f"{desk}/") for word in more), what=what) == 2
+    said = capsys.readouterr().err
+    assert sentence in said and said.startswith("engram: ") and "Traceback" not in said
+    assert not (tmp_path / "new").exists()
+
+
+def test_missing_ids_can_be_passed_over(desk: Path, tmp_path: Path) -> None:
+    (desk / "wrong.txt").write_text("digit-1\ndigit-9999\n")
+    assert forget(desk, tmp_path / "new", "--method", "ssd", "--ignore-missing", what=("--forget", "@wrong.txt")) == 0
+
+
+def test_weights_in_pickle_format_are_refused(desk: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(desk / "model", tmp_path / "pickled")
+    (tmp_path / "pickled" / "model.safetensors").rename(tmp_path / "pickled" / "pytorch_model.bin")
+    assert (
+        engram_(desk, f"forget --model {tmp_path}/pickled --data @train.parquet --forget @ids.txt --out {tmp_path}/n")
+        == 2
+    )
+    assert "pickle" in capsys.readouterr().err
+
+
+def test_a_head_that_does_not_fit_the_labels_is_refused(
+    desk: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table, _ = read_with(desk / "train.parquet")
+    engram.save(Recipe({"name": "MLP", "hidden": [4]}, epochs=1)(table.of_classes([0, 1]), 0), tmp_path / "small")
+    assert (
+        engram_(desk, f"forget --model {tmp_path}/small --data @train.parquet --forget @ids.txt --out {tmp_path}/n")
+        == 2
+    )
+    assert "head has" in capsys.readouterr().err
+
+
+def test_a_ledger_that_is_not_there_is_not_begun_by_looking(desk: Path, tmp_path: Path) -> None:
+    assert engram_(desk, f"ledger where d1 --ledger {tmp_path}/none.sqlite") == 2
+    assert not (tmp_path / "none.sqlite").exists()

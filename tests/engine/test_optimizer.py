@@ -1,0 +1,113 @@
+"""Plans of optimisers: what they build, and the rate at every step. The plain schedules stand in the tests of `fit`."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from engram.engine.optimizer import SCHEDULES, Optimizer
+from engram.errors import EngramError
+
+SHARES = st.floats(0, 1, exclude_max=True)
+
+
+def params() -> list[nn.Parameter]:
+    return [nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(3), requires_grad=False), nn.Parameter(torch.ones(1))]
+
+
+@pytest.mark.parametrize(
+    ("plan", "kind", "options"),
+    [
+        (
+            Optimizer("sgd", 0.2, momentum=0.8, nesterov=True, weight_decay=0.1),
+            torch.optim.SGD,
+            {"lr": 0.2, "momentum": 0.8, "nesterov": True, "weight_decay": 0.1},
+        ),
+        (Optimizer("adam", 0.3, weight_decay=0.1), torch.optim.Adam, {"lr": 0.3, "weight_decay": 0.1}),
+        (Optimizer("adamw", 0.3, weight_decay=0.1), torch.optim.AdamW, {"lr": 0.3, "weight_decay": 0.1}),
+    ],
+)
+def test_a_plan_is_built_over_what_can_be_trained(plan: Optimizer, kind: type, options: dict[str, object]) -> None:
+    built = plan.build(iter(params()))
+    assert type(built) is kind
+    [group] = built.param_groups
+    assert [tuple(p.shape) for p in group["params"]] == [(2,), (1,)]
+    assert {key: group[key] for key in options} == options
+
+
+@pytest.mark.parametrize(
+    ("plan", "words"),
+    [
+        (Optimizer("adm"), "unknown optimizer 'adm'; did you mean 'adam'"),
+        (Optimizer("SGD"), "unknown optimizer 'SGD'"),
+        (Optimizer("sgd", schedule="liner"), "unknown schedule 'liner'; did you mean 'linear'"),
+    ],
+)
+def test_an_unknown_plan_is_refused_when_it_is_built(plan: Optimizer, words: str) -> None:
+    with pytest.raises(EngramError, match=words):
+        plan.build(params())
+
+
+@given(warmup=st.floats(0.05, 0.9), share=SHARES, schedule=st.sampled_from(SCHEDULES))
+def test_a_warmup_rises_linearly_and_the_schedule_has_the_rest(warmup: float, share: float, schedule: str) -> None:
+    plan = Optimizer(schedule=schedule, warmup=warmup, milestones=(0.95,), gamma=0.5)
+    rest = (share - warmup) / (1 - warmup)
+    after = {
+        "constant": 1.0,
+        "linear": 1 - rest,
+        "cosine": math.cos(math.pi * rest / 2) ** 2,
+        "steps": 0.5 if share >= 0.95 else 1.0,  # milestones are shares of the whole training
+    }
+    wanted = share / warmup if share < warmup else after[schedule]
+    assert plan.factor(share) == pytest.approx(wanted, abs=1e-9)
+
+
+@given(st.lists(SHARES, min_size=2, max_size=6), st.sampled_from(SCHEDULES))
+def test_without_a_warmup_rates_never_rise_and_stay_in_0_to_1(shares: list[float], schedule: str) -> None:
+    plan = Optimizer(schedule=schedule, milestones=(0.25, 0.5))
+    found = [plan.factor(share) for share in sorted(shares)]
+    assert all(0 <= one <= 1 for one in found) and all(one >= other for one, other in pairwise(found))
+    assert plan.factor(0.0) == 1
+
+
+def test_milestones_multiply() -> None:
+    plan = Optimizer(schedule="steps", milestones=(0.2, 0.5), gamma=0.5)
+    assert [plan.factor(k / 10) for k in range(10)] == [1, 1, 0.5, 0.5, 0.5, 0.25, 0.25, 0.25, 0.25, 0.25]
+
+
+@pytest.mark.parametrize(
+    ("plan", "wanted"),
+    [
+        (Optimizer("sgd", 0.4, schedule="linear"), [0.4, 0.3, 0.2, 0.1, 0.0, 0.0]),
+        (Optimizer("sgd", 0.4, warmup=0.5), [0.0, 0.2, 0.4, 0.4, 0.4, 0.4]),
+        (Optimizer("sgd", 0.4, schedule="linear", warmup=1.0), [0.0, 0.1, 0.2, 0.3, 0.4, 0.4]),
+        (Optimizer("sgd", 0.4), [0.1] * 6),  # a rate that nothing moves is left as it is
+    ],
+)
+def test_the_rate_of_every_group_is_that_of_the_share(plan: Optimizer, wanted: list[float]) -> None:
+    built = torch.optim.SGD([{"params": [p], "lr": 0.1} for p in params()], 0.1)
+    found = []
+    for share in (
+        0.0,
+        0.25,
+        0.5,
+        0.75,
+        1.0,
+        1.25,
+    ):  # a training that is longer than it was said to be ends at the last rate
+        plan.set_rate(built, share)
+        assert len({group["lr"] for group in built.param_groups}) == 1
+        found.append(built.param_groups[0]["lr"])
+    assert found == pytest.approx(wanted, abs=1e-12)
+
+
+def test_scaled_changes_the_rate_alone() -> None:
+    plan = Optimizer("sgd", 0.2, momentum=0.5, schedule="cosine", clip=1.0)
+    assert plan.scaled(0.5) == Optimizer("sgd", 0.1, momentum=0.5, schedule="cosine", clip=1.0)
+    assert plan.lr == 0.2

@@ -1,0 +1,87 @@
+"""The page about an erasure request does what it says: its blocks are run in order, in an empty folder."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import random
+import re
+import shlex
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from engram.cli import main
+
+PAGE = Path(__file__).parents[1] / "docs" / "erasure-request.md"
+
+
+def blocks() -> list[tuple[str, str]]:
+    return re.findall(r"^```(python|bash)\n(.*?)^```$", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The folder after all blocks were run: Python and `engram` in this process, all else in a shell."""
+    home = tmp_path_factory.mktemp("desk")
+    states = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    said = []
+    with contextlib.chdir(home):
+        for language, code in blocks():
+            with contextlib.redirect_stdout(io.StringIO()) as text:
+                python(code) if language == "python" else shell(code)
+            said.append(text.getvalue())
+    torch.set_rng_state(states[0])
+    np.random.set_state(states[1])
+    random.setstate(states[2])
+    (home / "said.json").write_text(json.dumps(said))
+    yield home
+
+
+def python(code: str) -> None:
+    exec(compile(code, str(PAGE), "exec"), {"__name__": "page"})
+
+
+def shell(code: str) -> None:
+    for line in code.splitlines():
+        command, _, expected = line.partition(" || [ $? -eq ")
+        if command.startswith("engram "):
+            assert main(shlex.split(command)[1:]) == int(expected.removesuffix(" ]") or 0), command
+        else:
+            subprocess.run(["bash", "-euo", "pipefail", "-c", command], check=True)
+
+
+def test_every_model_was_forgotten_audited_and_certified(folder: Path) -> None:
+    for name in ("regressor", "vit", "gpt"):
+        for file in (f"{name}-forgot/erasure.json", f"audit-{name}/audit.json", f"audit-{name}/report.html"):
+            assert (folder / file).exists()
+        assert json.loads((folder / f"{name}.json").read_text())["payloadType"] == "application/vnd.in-toto+json"
+
+
+def test_verdicts_are_those_that_the_page_names(folder: Path) -> None:
+    verdicts = {n: json.loads((folder / f"audit-{n}" / "audit.json").read_text()) for n in ("regressor", "vit", "gpt")}
+    assert {name: audit["verdict"] for name, audit in verdicts.items()} == {
+        "regressor": "unknown",
+        "vit": "fail",
+        "gpt": "unknown",
+    }
+    assert verdicts["regressor"]["exact"] and not verdicts["vit"]["exact"]
+
+
+def test_where_knows_who_learnt_what(folder: Path) -> None:
+    said = json.loads((folder / "said.json").read_text())
+    regressor, vit, purged = (next(s for s in said if needle in s) for needle in NEEDLES)
+    assert (
+        "/regressor\n" in regressor and "regressor-forgot\n" not in regressor.split("stands in")[1].partition("\n")[2]
+    )
+    assert "vit-statistics" in vit and "forgotten by forget.SSD, approximate" in vit
+    assert "vit-statistics (gone)" in purged
+    assert not (folder / "vit-statistics").exists()
+
+
+NEEDLES = ("30 records forgotten", "forgotten by forget.SSD, approximate", "deleted or flagged")
