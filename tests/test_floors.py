@@ -23,6 +23,7 @@ ORDER = (
     ("core",),
     ("learn", "keep", "forget", "protect", "recall", "audit"),
     ("reproduce", "report"),
+    ("compare",),
     ("commands",),
     ("cli",),
     ("__main__", "testing"),

@@ -67,6 +67,22 @@ def add(command: Command) -> None:
     ledger.add_argument("--yes", action="store_true", help="purge: do not ask")
     _ledger_place(ledger, needed=True)
 
+    compare = command("compare", _compare, "Many forgetters under one protocol: a table of every trial, a leaderboard.")
+    compare.add_argument("what", choices=("unlearning",))
+    compare.add_argument("--data", default="sklearn:digits", metavar="SOURCE")
+    compare.add_argument("--test", metavar="SOURCE", help="default: a share of the rows")
+    compare.add_argument("--limit", type=int, help="the first so many rows")
+    compare.add_argument("--network", default="MLP", help='a name, or YAML as in "{name: ConvNet, widths: [16, 32]}"')
+    compare.add_argument("--epochs", type=int, default=20)
+    compare.add_argument("--methods", nargs="+", default=[], metavar="METHOD", help="default: all that can be used")
+    compare.add_argument("--requests", nargs="+", default=["random", "class", "subclass"], metavar="KIND")
+    compare.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    compare.add_argument("--trials", type=int, default=5, help="settings that are tried for a method and kind")
+    compare.add_argument("--budget", type=float, default=60.0, help="seconds for these trials")
+    compare.add_argument("--jobs", type=int, default=1, help="processes of one thread each")
+    compare.add_argument("--estimate", action="store_true", help="say what it will take, and stop")
+    compare.add_argument("--out", required=True, metavar="DIR", help="goes on where there is one")
+
 
 def _request(parser: argparse.ArgumentParser) -> None:
     what = parser.add_mutually_exclusive_group(required=True)
@@ -170,6 +186,40 @@ def _prepare(given: argparse.Namespace, rest: list[str]) -> None:
     if ledger is not None:
         ledger.add_holder("statistics", given.out, table.ids)
     print(json.dumps(kinds) if given.json else f"{', '.join(kinds)} of {len(table)} rows stand in {given.out}")
+
+
+def _compare(given: argparse.Namespace, rest: list[str]) -> None:
+    import yaml
+
+    from engram.compare.unlearning import Comparison, Contest, summarise, table_rows
+    from engram.report.page import write_leaderboard
+
+    plan = Comparison(
+        given.data,
+        given.test,
+        given.limit,
+        yaml.safe_load(given.network),
+        epochs=given.epochs,
+        methods=tuple(given.methods),
+        requests=tuple(given.requests),
+        seeds=tuple(given.seeds),
+        trials=given.trials,
+        budget=given.budget,
+        jobs=given.jobs,
+    )
+    contest = Contest(plan, given.out, progress=_progress(given))
+    if given.estimate or not (given.quiet or given.json):
+        print(contest.estimate(), flush=True)
+    if given.estimate:
+        return
+    summary = summarise(contest.execute())
+    intro = (
+        f"{given.data}, {len(contest.train)} training rows, {given.network}; seeds {', '.join(map(str, given.seeds))}"
+    )
+    page = write_leaderboard(
+        Path(given.out) / "leaderboard.html", summary, title="Forgetters side by side", intro=intro
+    )
+    print(json.dumps(summary, indent=1) if given.json else "\n".join([*table_rows(summary), f"leaderboard: {page}"]))
 
 
 def _certificate(given: argparse.Namespace, rest: list[str]) -> None:

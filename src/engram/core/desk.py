@@ -23,7 +23,7 @@ from engram.core.reading import rows_for
 from engram.core.request import Concept, Request
 from engram.core.settings import describe, make, name_of
 from engram.core.stored import ACCOUNT, home_of, model_in, read_recipe, read_statistics, write_statistics
-from engram.core.verbs import AUTO
+from engram.core.verbs import automatic
 from engram.data.table import Table
 from engram.data.where import column_of
 from engram.engine.progress import Progress
@@ -133,7 +133,7 @@ class Desk:
             made.check(self.request)
             return Choice(made, name_of(made), "as was asked for", ())
         have = self.request.have()
-        made = [forgetter for name in AUTO if _takes(forgetter := make(name), self.request)]
+        made = [forgetter for name in automatic() if _takes(forgetter := make(name), self.request)]
         if not made:
             raise EngramError("none of the usual methods takes a concept; name one with --method (engram methods)")
         lacks = [(name_of(m), "" if satisfied(m.needs, have) else f"lacks {lacking(m.needs, have)}") for m in made]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -18,7 +20,8 @@ from engram.engine.recipe import Trainer
 from engram.engine.run import Run
 from engram.errors import EngramError
 
-AUTO = ("forget.Retrain", "forget.SSD", "forget.GradientDifference", "forget.Finetune", "forget.GradientAscent")
+USUAL = ("forget.SSD", "forget.GradientDifference", "forget.Finetune", "forget.GradientAscent")
+RANKING = Path(__file__).parents[1] / "configs" / "ranking.json"  # as `engram compare unlearning` wrote it
 PROBES = ("audit.Accuracy", "audit.Membership", "audit.RetrainGap")
 
 
@@ -36,8 +39,7 @@ def erase(
     """A new model that has forgotten the `forget` rows, or whole `classes` of the rows in `forget`.
 
     `retain`: training rows that stay, as far as they are at hand. `method`: a name ("SSD"), {"name": …, setting:
-    value}, a forgetter, or "auto": the first of Retrain, SSD, GradientDifference, Finetune, GradientAscent that can do
-    with what is given. `recipe`: trains one more model of this kind. `statistics`: what a forgetter's `prepare` stored.
+    value}, a forgetter, or "auto": the first in the order of `automatic` that can do with what is given. `recipe`: trains one more model of this kind. `statistics`: what a forgetter's `prepare` stored.
     EngramError, before any work, if the method needs what is not given.
     """
     request = request_for(forget, retain, classes, {Need.RECIPE: recipe, Need.STATISTICS: statistics})
@@ -95,10 +97,17 @@ def request_for(
     return Request(Records(forget.ids), forget, retain, at_hand=at_hand)
 
 
+def automatic() -> tuple[str, ...]:
+    """The order in which "auto" asks which forgetter can be used: retraining first, then as ranked by gap to retrained
+    models where a comparison was made, else a usual order."""
+    ranked = json.loads(RANKING.read_text())["order"] if RANKING.exists() else USUAL
+    return ("forget.Retrain", *ranked)
+
+
 def _choose(method: str | Mapping[str, Any], request: Request) -> Forgetter:
     if method != "auto":
         return make(method, wing="forget")
-    for name in AUTO:
+    for name in automatic():
         forgetter: Forgetter = make(name)
         if satisfied(forgetter.needs, request.have()):
             return forgetter

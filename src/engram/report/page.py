@@ -67,6 +67,24 @@ def write_audit(directory: str | Path) -> Path:
     return folder / REPORT
 
 
+def write_leaderboard(path: str | Path, summary: Mapping[str, Any], *, title: str, intro: str) -> Path:
+    """The summary of a comparison of forgetters as a page; its path."""
+    kinds = list(dict.fromkeys(kind for entry in summary["methods"] for kind in entry["kinds"]))
+    measures = ("forget accuracy", "retain accuracy", "test accuracy", "membership AUC", "gap")
+    template = _environment().get_template("leaderboard.html")
+    page = template.render(
+        title=title, intro=intro, kinds=kinds, measures=measures, methods=summary["methods"], spread=_spread
+    )
+    write_atomic(path, page)
+    return Path(path)
+
+
+def _spread(found: Sequence[float] | None) -> str:
+    if not found:
+        return "–"
+    return f"{found[0]:.3f}" + (f" ± {found[1]:.3f}" if found[1] == found[1] else "")
+
+
 def write_comparison(directories: Sequence[str | Path]) -> Path:
     """Runs side by side, into `comparison.html` beside the first one; the path."""
     runs = []

@@ -1,0 +1,427 @@
+"""Forgetters side by side: every method, request and seed under one protocol.
+
+For each seed a model is trained on all rows, and for each request `oracles` models without the rows that must go. A
+method sees what it declares to need and nothing else. It is judged by its gaps to the oracles: the mean of the absolute
+differences in accuracy on forget, retain and test rows, and in the AUC of a membership attack by loss (forget rows
+against test rows of the same classes). 0 is as good as retraining.
+
+Settings are chosen on a tuning request of the same kind (another class, other rows) with the first seed: every method
+has the same number of trials and of seconds, whichever ends first, and the setting with the smallest gap is frozen.
+Trials are rows of the table too. A method that fails has a row that says so.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from engram import catalogue
+from engram.core.forgetter import Forgetter
+from engram.core.needs import Need, satisfied
+from engram.core.request import Request
+from engram.core.settings import make
+from engram.data.readers import read, read_with, train_test
+from engram.data.table import Table, Target
+from engram.engine.many import fit_many
+from engram.engine.optimizer import Optimizer
+from engram.engine.predict import accuracy, predict
+from engram.engine.progress import Progress
+from engram.engine.recipe import Recipe
+from engram.engine.run import Run
+from engram.errors import EngramError, unknown
+from engram.files import write_atomic
+from engram.stats.membership import threshold_attack
+from engram.stats.seeds import derive, generator
+
+KINDS = ("random", "class", "subclass")
+FORMAT = 1
+CELLS, TABLE, SUMMARY, RANKING = "cells", "unlearning.parquet", "summary.json", "ranking.json"
+CALIBRATION = ("forget.Retrain",)  # no trials: it has nothing to set
+SPACE: dict[str, tuple[Any, ...]] = {
+    "optimizer": (1.0, 0.1, 10.0, 0.3, 3.0, 0.03, 30.0),  # times the learning rate of the method's own
+    "alpha": (2.0, 1.5, 3.0, 4.0, 5.0, 6.0, 8.0, 1.2),
+    "strength": (1.0, 0.3, 0.1, 3.0),
+}  # values to try, by the name of a setting; the first one that a method has
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """`data`: a source; `test`: another, else a share of it. `requests`: of "random", "class", "subclass". `share`: of
+    the rows, for random requests. `budget`: seconds for the trials of a method, and `trials` their number."""
+
+    data: str = "sklearn:digits"
+    test: str | None = None
+    limit: int | None = None
+    network: Any = "MLP"
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    epochs: int = 20
+    methods: tuple[str, ...] = ()
+    requests: tuple[str, ...] = KINDS
+    seeds: tuple[int, ...] = (0, 1, 2)
+    share: float = 0.02
+    oracles: int = 5
+    trials: int = 5
+    budget: float = 60.0
+    jobs: int = 1
+
+    def __post_init__(self) -> None:
+        for kind in self.requests:
+            if kind not in KINDS:
+                raise unknown("kind of request", kind, KINDS)
+        for name in self.names:
+            make(name, wing="forget")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The methods, oracle first; left out, all that can be used on classes with rows, labels and a recipe."""
+        if self.methods:
+            return tuple(_full_name(name) for name in self.methods)
+        have = {"forget-rows", "forget-labels", "retain-rows", "retain-labels", "recipe"}
+        usable = [m.name for m in catalogue.methods() if m.wing == "forget" and any(n <= have for n in m.needs)]
+        return tuple(sorted(usable, key=lambda name: name not in CALIBRATION))
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One piece of work: a method on a request with a seed; `tuning`: the trials that choose its setting."""
+
+    method: str
+    kind: str
+    seed: int
+    tuning: bool
+
+    @property
+    def name(self) -> str:
+        """A file name."""
+        return f"{self.method}-{self.kind}-{'tuning' if self.tuning else self.seed}"
+
+
+Row = dict[str, Any]
+
+
+class Contest:
+    """A comparison at work in a directory, which can be interrupted: finished cells are read, not done again."""
+
+    def __init__(self, plan: Comparison, out: str | Path, progress: Progress | None = None) -> None:
+        self.plan, self.out = plan, Path(out)
+        self.progress = progress
+        self._claim()
+        if plan.test is None:
+            self.train, self.test = train_test(read(plan.data, limit=plan.limit), 0.3)
+        else:
+            self.train, preprocessing = read_with(plan.data, limit=plan.limit)
+            self.test = read(plan.test, preprocessing=preprocessing, limit=plan.limit)
+        if self.train.target != Target.CLASSES:
+            raise EngramError(f"{plan.data} has {self.train.target} for labels; forgetters are compared on classes")
+        self.recipe = Recipe(plan.network, plan.optimizer, plan.epochs, classes=self.train.classes)
+
+    def cells(self) -> tuple[list[Cell], list[Cell]]:
+        """What tunes, and what is reported."""
+        names, plan = self.plan.names, self.plan
+        tuning = [Cell(name, kind, plan.seeds[0], True) for name in names for kind in plan.requests if spaces(name)]
+        return tuning, [
+            Cell(name, kind, seed, False) for name in names for kind in plan.requests for seed in plan.seeds
+        ]
+
+    def estimate(self) -> str:
+        """What it will take, from one training on a tenth of the rows."""
+        few = self.train.take(range(0, len(self.train), 10))
+        self.recipe(few, 0)  # the first one pays for imports
+        start = time.perf_counter()
+        self.recipe(few, 0)
+        one = 10 * (time.perf_counter() - start)
+        plan, (tuning, reported) = self.plan, self.cells()
+        models = len(plan.seeds) + (len(plan.requests) + len(plan.requests)) * plan.oracles
+        trials = len(tuning) * min(plan.budget, plan.trials * one)
+        total = models * one + (trials + len(reported) * one) / plan.jobs
+        return (
+            f"{len(plan.names)} methods, {len(plan.requests)} kinds of requests, {len(plan.seeds)} seeds: "
+            f"{models} models to train, {len(tuning)} searches, {len(reported)} cells; "
+            f"at most about {total / 60:.0f} minutes"
+        )
+
+    def execute(self) -> list[Row]:
+        """Do the work; the rows of the table, which is written with a summary and a ranking."""
+        tuning, reported = self.cells()
+        self._models()
+        found = self._all(tuning, {})
+        chosen = {(r["method"], r["kind"]): r["setting"] for rows in found for r in rows if r["chosen"]}
+        rows = [row for rows in [*found, *self._all(reported, chosen)] for row in rows]
+        self._write(rows)
+        return rows
+
+    # The models that all share
+
+    def _models(self) -> None:
+        for seed in self.plan.seeds:
+            self.original(seed)
+        for kind in self.plan.requests:
+            self.oracles(kind, tuning=True)
+            self.oracles(kind, tuning=False)
+
+    def original(self, seed: int) -> nn.Module:
+        """The model that must forget."""
+        return self._run().phase(f"original {seed}", lambda: self.recipe(self.train, derive("original", seed)))
+
+    def oracles(self, kind: str, *, tuning: bool) -> list[nn.Module]:
+        """Models that never saw the rows of a request."""
+        request = self.request(kind, tuning)
+        rows = self.train.rows_of(request.retain.ids if request.retain is not None else ())
+        count = self.plan.oracles
+        seeds = [derive("oracle", kind, tuning, k) for k in range(count)]
+        run = self._run()
+        name = f"oracles {kind} {'tuning' if tuning else 'reported'}"
+        return run.phase(name, lambda: fit_many(self.recipe, self.train, [rows] * count, seeds, run))
+
+    def request(self, kind: str, tuning: bool) -> Request:
+        """The tuning request of a kind, or the one that is reported: another class, other rows."""
+        table, draws = self.train, generator("request", kind, tuning)
+        if kind == "random":
+            count = max(10, round(self.plan.share * len(table)))
+            return Request.of_records(table, table.take(torch.randperm(len(table), generator=draws)[:count]).ids)
+        c = table.classes[(0 if tuning else 1) % len(table.classes)]
+        if kind == "class":
+            return Request.of_classes(table, (c,))
+        return Request.of_records(table, _cluster(table.of_classes([c])).ids)
+
+    # The work
+
+    def _all(self, cells: Sequence[Cell], chosen: Mapping[tuple[str, str], Any]) -> list[list[Row]]:
+        from joblib import Parallel, delayed
+
+        left = [cell for cell in cells if not self._file(cell).exists()]
+        if left and self.progress is not None:
+            self.progress.say(f"{len(left)} of {len(cells)} cells to do")
+        jobs = ((cell, chosen.get((cell.method, cell.kind), {})) for cell in left)
+        if self.plan.jobs == 1:
+            for cell, setting in jobs:
+                self._do(cell, setting)
+        else:
+            Parallel(n_jobs=self.plan.jobs)(delayed(_elsewhere)(self.plan, self.out, *job) for job in jobs)
+        return [json.loads(self._file(cell).read_text()) for cell in cells]
+
+    def _do(self, cell: Cell, setting: Mapping[str, Any]) -> None:
+        rows = self._tuned(cell) if cell.tuning else [self._measured(cell, setting)]
+        write_atomic(self._file(cell), json.dumps(rows))
+
+    def _tuned(self, cell: Cell) -> list[Row]:
+        rows: list[Row] = []
+        start = time.perf_counter()
+        for setting in spaces(cell.method)[: self.plan.trials]:
+            if rows and time.perf_counter() - start > self.plan.budget:
+                break
+            rows.append(self._measured(cell, setting))
+        best = min(rows, key=lambda row: row["gap"] if row["error"] == "" else np.inf)
+        best["chosen"] = best["error"] == ""
+        return rows
+
+    def _measured(self, cell: Cell, setting: Mapping[str, Any]) -> Row:
+        request = self.request(cell.kind, cell.tuning).but(at_hand={Need.RECIPE: self.recipe})
+        model, run = self.original(cell.seed), Run(seed=derive(cell.name))
+        row: Row = {**asdict(cell), "setting": dict(setting), "chosen": False, "error": ""}
+        start = time.process_time()
+        try:
+            method = configured(cell.method, setting)
+            row["needed"] = sorted(map(str, _needed(method, request)))
+            new = method.forget(model, _only(request, _needed(method, request)), run)
+        except (EngramError, RuntimeError, ValueError, ArithmeticError) as error:
+            return {**row, "error": f"{type(error).__name__}: {error}".splitlines()[0], **dict.fromkeys(MEASURES)}
+        seconds = time.process_time() - start
+        oracles = [self.measures(oracle, request) for oracle in self.oracles(cell.kind, tuning=cell.tuning)]
+        values = self.measures(new, request)
+        means = {name: float(np.nanmean([oracle[name] for oracle in oracles])) for name in values}
+        gaps = [abs(values[name] - means[name]) for name in values if np.isfinite(values[name])]
+        return {
+            **row,
+            **values,
+            **{f"oracle {name}": value for name, value in means.items()},
+            "gap": float(np.mean(gaps)) if all(map(np.isfinite, gaps)) else float("inf"),
+            "seconds": seconds,
+            "steps": run.cost.steps,
+            "rows": run.cost.rows,
+        }
+
+    def measures(self, model: nn.Module, request: Request) -> dict[str, float]:
+        """Accuracy on forget, retain and test rows; AUC of telling forget rows from test rows of their classes."""
+        assert request.forget is not None and request.retain is not None
+        kept = self.test.of_classes([c for c in self.test.classes if c in request.retain.classes])
+        like = self.test.of_classes([c for c in self.test.classes if c in request.forget.classes])
+        losses = [predict(model, table, "loss").nan_to_num(1e6).clamp(max=1e6) for table in (request.forget, like)]
+        return {
+            "forget accuracy": accuracy(model, request.forget),
+            "retain accuracy": accuracy(model, request.retain),
+            "test accuracy": accuracy(model, kept),
+            "membership AUC": threshold_attack(*losses).auc.value,
+        }
+
+    # The files
+
+    def _run(self) -> Run:
+        return Run(self.out / "models", progress=self.progress)
+
+    def _file(self, cell: Cell) -> Path:
+        return self.out / CELLS / f"{cell.name}.json"
+
+    def _claim(self) -> None:
+        """The directory belongs to this comparison; EngramError if it belongs to another."""
+        file = self.out / "plan.json"
+        mine = {"format": FORMAT, **{k: v for k, v in asdict(self.plan).items() if k not in ("jobs", "budget")}}
+        plain = json.loads(json.dumps(mine))
+        if file.exists() and json.loads(file.read_text()) != plain:
+            raise EngramError(f"{self.out} holds another comparison; choose another --out, or repeat its arguments")
+        if not file.exists() and self.out.exists() and any(self.out.iterdir()):
+            raise EngramError(f"{self.out} holds something else; choose another --out")
+        write_atomic(file, json.dumps(plain, indent=1))
+
+    def _write(self, rows: list[Row]) -> None:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        flat = [
+            {**row, "setting": json.dumps(row["setting"]), "needed": ", ".join(row.get("needed", []))} for row in rows
+        ]
+        columns = {name: [row.get(name) for row in flat] for name in dict.fromkeys(key for row in flat for key in row)}
+        sink = pa.BufferOutputStream()
+        pq.write_table(pa.table(columns), sink)
+        write_atomic(self.out / TABLE, sink.getvalue().to_pybytes())
+        summary = summarise(rows)
+        write_atomic(self.out / SUMMARY, json.dumps(summary, indent=1))
+        order = [entry["method"] for entry in summary["methods"] if entry["method"] not in CALIBRATION]
+        made = {"date": f"{datetime.now(UTC):%Y-%m-%d}", "data": self.plan.data, "order": order}
+        write_atomic(self.out / RANKING, json.dumps(made, indent=1))
+
+
+MEASURES = ("forget accuracy", "retain accuracy", "test accuracy", "membership AUC", "gap", "seconds", "steps", "rows")
+
+
+def spaces(name: str) -> list[dict[str, Any]]:
+    """The settings to try for a method, its own first; none where there is nothing to set."""
+    if name in CALIBRATION:
+        return []
+    settable = {f.name for f in fields(type(make(name)))}
+    key = next((key for key in ("optimizer", "alpha", "strength") if key in settable and _numeric(name, key)), None)
+    if key is None:
+        return [{}]
+    others: list[dict[str, Any]] = [{key: value} for value in SPACE[key] if value != _own(name, key)]
+    return [{}, *others]
+
+
+def configured(name: str, setting: Mapping[str, Any]) -> Forgetter:
+    """A method with a setting; for the optimiser, a factor of its learning rate."""
+    method: Forgetter = make(name)
+    if "optimizer" in setting:
+        return type(method)(**{**_settings(method), "optimizer": method.optimizer.scaled(setting["optimizer"])})  # type: ignore[attr-defined]
+    return type(method)(**{**_settings(method), **setting})
+
+
+def summarise(rows: Sequence[Row]) -> dict[str, Any]:
+    """By method, best first: mean gap over requests and seeds, by request with its spread, cost against retraining."""
+    reported = [row for row in rows if not row["tuning"]]
+    retrained = [row for row in reported if row["method"] in CALIBRATION and not row["error"]]
+    base = {(row["kind"], row["seed"]): row["seconds"] for row in retrained}
+    found = []
+    for name in dict.fromkeys(row["method"] for row in reported):
+        mine = [row for row in reported if row["method"] == name]
+        fine = [row for row in mine if not row["error"]]
+        kinds = {}
+        for kind in dict.fromkeys(row["kind"] for row in mine):
+            here = [row for row in fine if row["kind"] == kind]
+            kinds[kind] = {key: _spread([row[key] for row in here]) for key in MEASURES[:5]} if here else None
+        shares = [
+            row["seconds"] / base[row["kind"], row["seed"]] for row in fine if base.get((row["kind"], row["seed"]))
+        ]
+        settings = {row["kind"]: row["setting"] for row in mine}
+        found.append(
+            {
+                "method": name,
+                "gap": _spread([row["gap"] for row in fine]),
+                "failed": sorted({row["error"] for row in mine if row["error"]}),
+                "kinds": kinds,
+                "cost": _spread(shares),
+                "needed": mine[0].get("needed", []),
+                "settings": settings,
+            }
+        )
+    found.sort(key=lambda entry: (len(entry["failed"]) > 0, entry["gap"][0] if entry["gap"] else np.inf))
+    return {"format": FORMAT, "methods": found}
+
+
+def _spread(values: Sequence[float]) -> list[float] | None:
+    """Mean, and half of the 95 % t interval."""
+    from engram.stats.intervals import mean
+
+    finite = [value for value in values if value is not None and np.isfinite(value)]
+    if not finite:
+        return None
+    estimate = mean(finite)
+    return [estimate.value, estimate.high - estimate.value if len(finite) > 1 else float("nan")]
+
+
+def _elsewhere(plan: Comparison, out: Path, cell: Cell, setting: Mapping[str, Any]) -> None:
+    torch.set_num_threads(1)
+    Contest(plan, out)._do(cell, setting)
+
+
+def _cluster(rows: Table) -> Table:
+    """The larger half of a class: two means of its inputs."""
+    from sklearn.cluster import KMeans
+
+    values = next(iter(rows.batch(torch.arange(len(rows))).inputs.values())).flatten(1)
+    halves = KMeans(2, n_init=4, random_state=0).fit_predict(values.double().numpy())
+    return rows.take(torch.from_numpy(halves == np.bincount(halves).argmax()))
+
+
+def _needed(method: Forgetter, request: Request) -> frozenset[Need]:
+    have = request.have()
+    if not satisfied(method.needs, have):
+        method.check(request)
+    return next(need for need in method.needs if need <= have)
+
+
+def _only(request: Request, wanted: frozenset[Need]) -> Request:
+    """The request with no more than a method asks for."""
+    forget, retain = request.forget, request.retain
+    if Need.FORGET_LABELS not in wanted and forget is not None:
+        forget = forget.unlabelled()
+    if Need.RETAIN_LABELS not in wanted and retain is not None:
+        retain = retain.unlabelled()
+    return request.but(
+        forget=forget if Need.FORGET_ROWS in wanted else None,
+        retain=retain if Need.RETAIN_ROWS in wanted else None,
+        at_hand={need: thing for need, thing in request.at_hand.items() if need in wanted},
+    )
+
+
+def _settings(method: Forgetter) -> dict[str, Any]:
+    return {f.name: getattr(method, f.name) for f in fields(method) if f.init}
+
+
+def _numeric(name: str, key: str) -> bool:
+    return key == "optimizer" or isinstance(_own(name, key), float)
+
+
+def _own(name: str, key: str) -> Any:
+    return 1.0 if key == "optimizer" else getattr(make(name), key)
+
+
+def _full_name(name: str) -> str:
+    return name if "." in name else f"forget.{name}"
+
+
+def table_rows(summary: Mapping[str, Any]) -> Iterator[str]:
+    """The summary as lines of text."""
+    yield f"{'method':<26} {'gap to oracles':>16} {'cost':>8}  needs"
+    for entry in summary["methods"]:
+        gap, cost = (entry[key] or [float("nan")] * 2 for key in ("gap", "cost"))
+        failed = f"  failed: {entry['failed'][0]}" if entry["failed"] else ""
+        needed = ", ".join(entry["needed"])
+        yield f"{entry['method']:<26} {gap[0]:>8.3f} ± {gap[1]:<5.3f} {cost[0]:>7.2f}x  {needed}{failed}"
