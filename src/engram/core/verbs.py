@@ -39,7 +39,8 @@ def erase(
     """A new model that has forgotten the `forget` rows, or whole `classes` of the rows in `forget`.
 
     `retain`: training rows that stay, as far as they are at hand. `method`: a name ("SSD"), {"name": …, setting:
-    value}, a forgetter, or "auto": the first in the order of `automatic` that can do with what is given. `recipe`: trains one more model of this kind. `statistics`: what a forgetter's `prepare` stored.
+    value}, a forgetter, or "auto": the first in the order of `automatic` that can do with what is given. `recipe`:
+    trains one more model of this kind. `statistics`: what a forgetter's `prepare` stored.
     EngramError, before any work, if the method needs what is not given.
     """
     request = request_for(forget, retain, classes, {Need.RECIPE: recipe, Need.STATISTICS: statistics})
