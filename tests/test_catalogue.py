@@ -194,6 +194,7 @@ def test_rows_of_a_request_serve_probes_too() -> None:
         "audit.Accuracy",
         "audit.Membership",
         "audit.Representation",
+        "audit.ZRF",
     }
 
 

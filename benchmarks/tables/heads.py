@@ -38,8 +38,8 @@ INTRO = """Features: average pool (64 numbers) of the ResNet-56 trained on CIFAR
 orders: the permutation of `RandomState(seed)` for seeds 1993, 1994, 1995. Figures are percent: mean ± half of the 95
 % t interval over the three orders. "Task mean" averages over tasks, "sample mean" over test rows. The joint head
 keeps the features of all rows and is the upper bound of a linear head; the other three keep no row. ACU may lie above
-it, since it expands the 64 features to 1,000 random ones. NMC, ACU and the joint head end the same in every class
-order. Streams are (classes of the first task, classes of each further one, number of tasks)."""
+it, since it expands the 64 features to 1,000 random ones. Over all test rows, NMC and the joint head end the same in
+every class order. Streams are (classes of the first task, classes of each further one, number of tasks)."""
 
 
 def main() -> None:

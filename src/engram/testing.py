@@ -99,7 +99,8 @@ class Material:
         request, model = self.request, self.model()
         assert request.forget is not None and request.retain is not None
         rows = {"forget": request.forget, "retain": request.retain, "test": self.test}
-        return Subject(model, before=model, request=request, rows=rows, recipe=self.recipe)
+        forgetter = make({"name": "forget.Finetune", "epochs": 1})
+        return Subject(model, before=model, request=request, rows=rows, recipe=self.recipe, forgetter=forgetter)
 
 
 @cache

@@ -167,6 +167,7 @@ def test_real_targets_and_float32_rows() -> None:
 
 
 PHI, Y = rows(12, 4, 2)
+FEW = int(Y.sum(0).argmin())  # the smaller class
 
 
 @pytest.mark.parametrize(
@@ -177,6 +178,8 @@ PHI, Y = rows(12, 4, 2)
         (torch.cat([PHI, PHI]), torch.cat([Y, Y])),  # more rows than there are
         (PHI, Y.flip(1)),  # other labels
         (PHI + 1e-6, Y),  # what is left would be no sum of no rows
+        (2 * PHI, Y / 2),  # the same Q
+        (PHI[Y[:, FEW] == 0][: Y[:, FEW].sum()], Y[Y[:, FEW] == 1]),  # rows of one class as all of the other
         (PHI[:1], torch.tensor([[0, 0, 1]])),  # a class never learnt
         (PHI[:1], torch.tensor([[0.0, float("nan")]])),
         (PHI[:1] * float("inf"), Y[:1]),

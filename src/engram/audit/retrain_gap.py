@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import prod
 from typing import ClassVar
 
 import torch
@@ -20,6 +19,7 @@ from engram.data.table import Table, Target
 from engram.engine.predict import hits, predict
 from engram.engine.run import Run
 from engram.stats.divergence import js
+from engram.stats.gaps import mean_gap, tug_of_war
 from engram.stats.intervals import mean
 
 TABLES = ("forget", "retain", "test")
@@ -55,7 +55,7 @@ class RetrainGap(Probe):
 
         def gap(model: nn.Module, others: Sequence[nn.Module]) -> Measured:
             gaps = [known[id(model)].gaps(known[id(other)]) for other in others]
-            return _over([sum(g) / len(g) for g in gaps], known[id(model)].half_width)
+            return _over([mean_gap(g) for g in gaps], known[id(model)].half_width)
 
         def tug(model: nn.Module, others: Sequence[nn.Module]) -> Measured:
             return _over([tug_of_war(known[id(model)].gaps(known[id(o)])) for o in others], known[id(model)].half_width)
@@ -85,14 +85,6 @@ class RetrainGap(Probe):
             )
             for name, measure, n, unit, margin, better in measures
         ]
-
-
-def tug_of_war(gaps: Sequence[float]) -> float:
-    """The product of (1 - gap); 1 is no gap at all.
-
-    Forget .20 against .18, retain .99 against .985 and test .90 against .92 give .955598.
-    """
-    return prod(1 - gap for gap in gaps)
 
 
 class _Outputs:

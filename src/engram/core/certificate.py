@@ -6,16 +6,14 @@ directory by SHA-256; its predicate says what was measured, and claims no more t
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from engram.environment import require
 from engram.errors import EngramError
-from engram.files import write_atomic
+from engram.files import sha256, write_atomic
 
 STATEMENT = "https://in-toto.io/Statement/v1"
 PREDICATE = "urn:engram:erasure:v1"
@@ -34,8 +32,7 @@ def keygen(path: str | Path) -> tuple[Path, Path]:
     key = ed25519.Ed25519PrivateKey.generate()
     pem, plain = serialization.Encoding.PEM, serialization.NoEncryption()
     secret = key.private_bytes(pem, serialization.PrivateFormat.PKCS8, plain)
-    write_atomic(private, secret)
-    os.chmod(private, 0o600)
+    write_atomic(private, secret, mode=0o600)
     write_atomic(public, key.public_key().public_bytes(pem, serialization.PublicFormat.SubjectPublicKeyInfo))
     return private, public
 
@@ -89,7 +86,7 @@ def digests(directory: str | Path) -> dict[str, str]:
     files = sorted(file for file in folder.rglob("*") if file.is_file())
     if not files:
         raise EngramError(f"{folder} holds no files, so there is no model to certify")
-    return {file.relative_to(folder).as_posix(): _sha256(file) for file in files}
+    return {file.relative_to(folder).as_posix(): sha256(file) for file in files}
 
 
 def _about(statement: Mapping[str, Any], model: Path, certificate: Path) -> None:
@@ -99,11 +96,6 @@ def _about(statement: Mapping[str, Any], model: Path, certificate: Path) -> None
     if differing:
         what = "another model" if set(differing) >= set(stated) else f"other contents of {', '.join(differing)}"
         raise EngramError(f"the certificate {certificate} is about {what} than what stands in {model}")
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _text(envelope: Mapping[str, Any]) -> str:

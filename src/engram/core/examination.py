@@ -20,7 +20,7 @@ from engram.data.table import Table
 from engram.engine.progress import Progress
 from engram.engine.run import Run
 from engram.errors import EngramError
-from engram.files import new_directory
+from engram.files import check_sums, new_directory
 from engram.models import io
 from engram.models.guards import Wrapper
 
@@ -127,6 +127,7 @@ def predicate(model: str | Path, audit: str | Path | None) -> dict[str, Any]:
     if audit is None:
         return {**stated, "audit": None}
     found = read_json(Path(audit) / AUDIT)
+    check_sums(audit)
     if found.get("after") != stated["after"]:
         raise EngramError(f"the audit in {audit} is about another model than {model}")
     findings = [{k: v for k, v in finding.items() if k != "curve"} for finding in found["findings"]]

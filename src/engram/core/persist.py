@@ -16,7 +16,7 @@ from engram.core.learner import Learner
 from engram.core.settings import describe, make
 from engram.engine.journal import flatten, unflatten
 from engram.errors import EngramError
-from engram.files import new_directory
+from engram.files import check_sums, new_directory
 from engram.models import io
 
 FORMAT = 1
@@ -46,6 +46,7 @@ def load_learner(directory: str | Path) -> tuple[Learner, int]:
     found = entry.get("format") if isinstance(entry, dict) else None
     if found != FORMAT:
         raise EngramError(f"{folder / LEARNER} has format {found}; this version reads format {FORMAT}")
+    check_sums(folder)
     state = _read(folder / TRACES, lambda path: unflatten(entry["state"], load_file(path)))
     learner: Learner = make(entry["learner"])
     model = list(io.pack(io.load(folder / MODEL))) if (folder / MODEL).is_dir() else None

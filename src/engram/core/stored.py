@@ -19,7 +19,7 @@ from engram.engine.journal import flatten, unflatten
 from engram.engine.optimizer import Optimizer
 from engram.engine.recipe import Recipe
 from engram.errors import EngramError, unknown
-from engram.files import new_directory
+from engram.files import check_sums, new_directory
 from engram.models import io
 
 FORMAT = 1
@@ -61,6 +61,7 @@ def read_statistics(path: str | Path, model: nn.Module) -> dict[str, Any]:
     """What `write_statistics` wrote. EngramError if it is damaged, or of another model."""
     folder = Path(path)
     entry = read_json(folder / STATISTICS)
+    check_sums(folder)
     if entry.get("model") != io.digest(model):
         raise EngramError(f"the statistics in {folder} were prepared for another model than this one")
     try:
@@ -89,7 +90,10 @@ def home_of(directory: Path) -> Path:
 
 def account_of(directory: Path) -> dict[str, Any]:
     """What `engram forget` wrote beside a model; empty if it did not make this one."""
-    return read_json(directory / ACCOUNT) if (directory / ACCOUNT).exists() else {}
+    if not (directory / ACCOUNT).exists():
+        return {}
+    check_sums(directory, ACCOUNT)
+    return read_json(directory / ACCOUNT)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from engram.data.columns import numbers, one_hot
 from engram.data.table import Target
 from engram.errors import EngramError, unknown
-from engram.files import write_atomic
+from engram.files import SUMS, check_sums, sum_files, write_atomic
 
 FILE = "preprocessing.json"
 MOST_CATEGORIES = 256
@@ -61,15 +61,19 @@ class Preprocessing:
     def save(self, directory: str | Path) -> None:
         """Write `preprocessing.json` into a directory, beside a model; whole or not at all."""
         write_atomic(Path(directory) / FILE, json.dumps(self.to_dict(), indent=1, ensure_ascii=False))
+        if (Path(directory) / SUMS).exists():
+            sum_files(directory, [FILE])
 
     @classmethod
     def load(cls, directory: str | Path) -> Preprocessing:
         """What `save` wrote. EngramError names a file that is missing or damaged."""
         path = Path(directory) / FILE
         try:
-            return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
+            found = cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError, AttributeError) as error:
             raise EngramError(f"{path} cannot be read: {error}") from error
+        check_sums(directory, FILE)
+        return found
 
 
 def fit_values(columns: Any, names: Sequence[str], ids: Sequence[str], standardise: bool) -> dict[str, Any]:

@@ -41,6 +41,7 @@ class Journal:
         tree = flatten(value, tensors)
         content = save_bytes(tensors)
         entry = {"path": path, "cost": cost, "digest": hashlib.sha256(content).hexdigest(), "value": tree}
+        entry["sha256"] = _seal(entry)
         file = folder / _tensors(entry)
         write_atomic(file, content)
         write_atomic(folder / ENTRY, json.dumps(entry))
@@ -59,6 +60,8 @@ class Journal:
             return None
         try:
             entry = json.loads((folder / ENTRY).read_text())
+            if entry["sha256"] != _seal(entry):
+                raise ValueError("it was changed since it was written")
             file = folder / _tensors(entry)
             content = file.read_bytes()
             tree, cost = entry["value"], entry["cost"]
@@ -81,6 +84,12 @@ class Journal:
     def _folder(self, path: Path_) -> Path:
         assert self.directory is not None
         return self.directory.joinpath(*map(_file_name, path))
+
+
+def _seal(entry: dict[str, Any]) -> str:
+    """The digest of an entry's own content."""
+    content = {key: value for key, value in entry.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def _tensors(entry: dict[str, Any]) -> str:

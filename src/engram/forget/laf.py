@@ -18,9 +18,9 @@ the head alone on labelled retain rows.
 from __future__ import annotations
 
 import copy
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -102,7 +102,9 @@ class LAF(Forgetter):
         run = run or Run()
         with run.scope("forget"):
             forget, retain = rows(request.forget).unlabelled(), rows(request.retain).unlabelled()
-            new = copy.deepcopy(model).eval()
+            new = copy.deepcopy(model).eval().to(run.device)
+            first = forget.batch(torch.arange(1)).to(run.device)
+            _require_trainable(split(new).features(**first.inputs), "before its head")
             self.unlearn(new, forget, retain, self.reference(model, forget, retain, run), run)
             if self.repair_epochs:
                 self.repair(new, rows(request.retain), run)
@@ -120,66 +122,75 @@ class LAF(Forgetter):
         )
 
     def density(self, embeddings: Tensor, name: str, run: Run) -> VAE:
-        """A frozen autoencoder of embeddings [n, d]; sum of squares plus kl_weight times divergence, mean over rows."""
-        table = Table({"values": embeddings})
-        with run.scope(name), run.seeded("weights"):
-            vae = VAE(embeddings.shape[1], self.latent, self.hidden, self.output)
+        """A frozen autoencoder trained on embeddings [n, d]: mean over rows of squared error plus kl_weight times
+        divergence."""
 
         def step(batch: Batch) -> Mean:
             x = batch.inputs["values"]
-            error, divergence = vae(x, torch.randn(len(x), self.latent).to(x))
+            error, divergence = vae(x, torch.randn(len(x), self.latent).to(x))  # drawn under the seed of `fit`
             return Mean.of(error + self.kl_weight * divergence)
 
-        _train(vae, step, table, Optimizer(lr=self.vae_lr), self.vae_epochs, self.batch_size, run, name)
+        with run.scope(name):
+            with run.seeded("weights"):
+                vae = VAE(embeddings.shape[1], self.latent, self.hidden, self.output).to(embeddings.dtype)
+            self._train(vae, step, Table({"values": embeddings}), self.vae_lr, self.vae_epochs, run)
         return vae.eval().requires_grad_(False)
 
     def unlearn(self, model: nn.Module, forget: Table, retain: Table, reference: Reference, run: Run) -> None:
         """The two updates of every pair of batches, in place."""
-        _require_trainable(model, forget)
-        steps = {
-            name: Optimizer(lr=lr).build(model.parameters())
-            for name, lr in (("unlearn", self.lr_unlearn), ("align", self.lr_align))
-        }
+        away, near = (Optimizer(lr=lr).build(model.parameters()) for lr in (self.lr_unlearn, self.lr_align))
 
         def step(pair: Pair) -> Generator[Update, None, None]:
-            yield self.unlearning(model, pair, reference), steps["unlearn"]
-            yield self.alignment(model, pair, reference), steps["align"]
+            yield self.unlearning(model, pair, reference), away
+            yield self.alignment(model, pair, reference), near
 
-        def pairs(epoch: int) -> Iterator[Pair]:
-            sides = ((forget, "forget order"), (retain, "retain order"))
-            yield from zip(
-                *(table.batches(self.batch_size, seed=run.number(name), epoch=epoch) for table, name in sides)
-            )
+        def pairs(epoch: int) -> Iterable[Pair]:
+            return zip(batches(forget, "forget order", epoch), batches(retain, "retain order", epoch), strict=False)
 
-        fit(step, pairs, model=model, optimizer=steps, epochs=self.epochs, run=run, name="unlearn")
+        def batches(table: Table, order: str, epoch: int) -> Iterable[Batch]:
+            return table.batches(self.batch_size, seed=run.number(order), epoch=epoch)
+
+        both = {"unlearn": away, "align": near}
+        fit(step, pairs, model=model, optimizer=both, epochs=self.epochs, run=run, name="unlearn")
 
     def unlearning(self, model: nn.Module, pair: Pair, reference: Reference) -> Mean:
         """L_UE, a sum; the gradient passes through what goes into an autoencoder and through its target."""
         forget, retain = _embeddings(model, pair)
-        errors = reference.of_all(retain)[0], reference.of_forget(forget)[0]
-        return Mean.over(bounded(errors[0]).sum() - bounded(errors[1]).sum(), 1.0)
+        near, away = reference.of_all(retain)[0], reference.of_forget(forget)[0]
+        return Mean.over(bounded(near).sum() - bounded(away).sum(), 1.0)
 
     def alignment(self, model: nn.Module, pair: Pair, reference: Reference) -> Mean:
         """L_RA, a sum over the retain batch."""
         forget, retain = _embeddings(model, pair)
-        moved = distances(forget, reference.forget(pair[0]))
-        stayed = distances(retain, reference.retain(pair[1]))
-        return Mean.over((stayed - torch.logsumexp(moved / self.temperature, 0)).sum(), 1.0)
+        away, near = distances(forget, reference.forget(pair[0])), distances(retain, reference.retain(pair[1]))
+        return Mean.over((near - torch.logsumexp(away / self.temperature, 0)).sum(), 1.0)
 
     def repair(self, model: nn.Module, retain: Table, run: Run) -> None:
         """Train the head, in place, on the model's embeddings of labelled rows."""
         head = split(model).head
-        table = Table({"values": features(model, retain, run=run)}, retain.labels)
 
         def step(batch: Batch) -> Mean:
             assert batch.labels is not None
             return by_target(head(batch.inputs["values"]), batch.labels)
 
-        _train(head, step, table, Optimizer(lr=self.repair_lr), self.repair_epochs, self.batch_size, run, "repair")
+        with run.scope("repair"):
+            embeddings = run.phase("embeddings", lambda: features(model, retain, run=run))
+            _require_trainable(head(embeddings[:1].to(run.device)), "in its head")
+            self._train(head, step, Table({"values": embeddings}, retain.labels), self.repair_lr, self.repair_epochs, run)
+
+    def _train(
+        self, part: nn.Module, step: Callable[[Batch], Mean], table: Table, lr: float, epochs: int, run: Run
+    ) -> None:
+        order = run.number("order")
+
+        def batches(epoch: int) -> Iterable[Batch]:
+            return table.batches(self.batch_size, seed=order, epoch=epoch)
+
+        fit(step, batches, model=part, optimizer=Optimizer(lr=lr), epochs=epochs, run=run)
 
 
 def bounded(errors: Tensor) -> Tensor:
-    """exp(m / (m + 1)) of errors m >= 0: from 1 up to e, its slope dying out as 1 / m^2."""
+    """exp(m / (m + 1)) of errors m >= 0: from 1 up to e, its slope dying out as e / m^2."""
     return torch.exp(errors / (errors + 1))
 
 
@@ -193,23 +204,7 @@ def _embeddings(model: nn.Module, pair: Pair) -> list[Tensor]:
     return [encode(**batch.inputs) for batch in pair]
 
 
-def _train(
-    part: nn.Module, step: Any, table: Table, plan: Optimizer, epochs: int, size: int, run: Run, name: str
-) -> None:
-    order = run.number(name, "order")
-    fit(
-        step,
-        lambda epoch: table.batches(size, seed=order, epoch=epoch),
-        model=part,
-        optimizer=plan,
-        epochs=epochs,
-        run=run,
-        name=name,
-    )
-
-
-def _require_trainable(model: nn.Module, table: Table) -> None:
-    """EngramError for a model whose embeddings depend on nothing that can be trained."""
-    batch = table.batch(torch.arange(1)).to(next(model.parameters()).device)
-    if not split(model).features(**batch.inputs).requires_grad:
-        raise EngramError("LAF trains what comes before the head, and nothing there is trainable; use forget.SSD")
+def _require_trainable(output: Tensor, where: str) -> None:
+    """EngramError if nothing that the output depends on can be trained."""
+    if not output.requires_grad:
+        raise EngramError(f"forget.LAF trains the model, and no weight {where} is trainable; use forget.SSD")

@@ -1,4 +1,5 @@
-"""Models as files and as plain data: config.json and model.safetensors, and nothing that could run code.
+"""Models as files and as plain data: config.json and model.safetensors (and `SHA256SUMS`, their digests), and nothing
+that could run code.
 
 Own models and transformers models (alone, or inside one another) are saved; classes are found by name in
 `engram.models.loadable` or in transformers, never by an import path out of a file.
@@ -17,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from engram.errors import EngramError
-from engram.files import new_directory
+from engram.files import check_sums, new_directory
 from engram.models import hub
 from engram.models.config import Configured
 from engram.models.loadable import loadable
@@ -47,8 +48,15 @@ def save(model: nn.Module, directory: str | Path) -> None:
 def load(directory: str | Path) -> nn.Module:
     """The model that `save` (or a transformers `save_pretrained`) wrote, on the CPU, in evaluation mode.
 
-    Raises EngramError naming the file that is missing, damaged, or does not fit.
+    Raises EngramError naming the file that is missing, damaged, or does not fit; that no byte of any file was changed
+    is known where `save` wrote it.
     """
+    model = _read(directory)
+    check_sums(directory)
+    return model
+
+
+def _read(directory: str | Path) -> nn.Module:
     config = _read_config(Path(directory) / CONFIG)
     weights = Path(directory) / WEIGHTS
     _refuse_pickle(Path(directory))
@@ -58,8 +66,8 @@ def load(directory: str | Path) -> nn.Module:
         return unpack(config, load_file(weights))
     except (OSError, SafetensorError, RuntimeError) as error:
         raise EngramError(f"cannot read {weights}: {error}") from error
-    except EngramError as error:
-        raise EngramError(f"cannot load {directory}: {error}") from error
+    except (ValueError, TypeError, LookupError, AttributeError, NotImplementedError) as error:  # of any class's making
+        raise EngramError(f"cannot load {directory}: {str(error) or type(error).__name__}") from error
 
 
 def fresh(directory: str | Path, generator: torch.Generator) -> nn.Module:

@@ -25,6 +25,7 @@ LOADABLE: dict[str, str | type] = {
     "Predictor": "engram.models.predictor:Predictor",
     "Routed": "engram.models.routed:Routed",
     "Wrapper": "engram.models.guards:Wrapper",
+    "ShiftedLogits": "engram.models.shifted:ShiftedLogits",
 }  # name -> where it stands, imported when asked for
 
 

@@ -17,7 +17,7 @@ from engram.core.running import CONFIG, ENVIRONMENT, EVENTS, STATUS
 from engram.core.verdict import Judgement, judge
 from engram.data.table import Table
 from engram.errors import EngramError
-from engram.files import write_atomic
+from engram.files import check_sums, write_atomic
 from engram.report import drawing
 from engram.stats import continual
 
@@ -36,6 +36,7 @@ def write_report(directory: str | Path, *, show_content: bool = False) -> Path:
     `show_content`: show the forgotten records (images, texts); they are left out otherwise.
     """
     folder = Path(directory)
+    check_sums(folder)
     records = _json(folder / EVENTS)
     config = (folder / CONFIG).read_text()
     learners = list(dict.fromkeys(record["learner"] for record in records))
@@ -59,6 +60,7 @@ def write_report(directory: str | Path, *, show_content: bool = False) -> Path:
 def write_audit(directory: str | Path) -> Path:
     """Render `report.html` of an audit's directory from its `audit.json`; the path."""
     folder = Path(directory)
+    check_sums(folder)
     audit = _json(folder / AUDIT)
     template = _environment().get_template("audit.html")
     items = [_finding(finding) for finding in audit["findings"]]

@@ -112,7 +112,7 @@ def svc_attack(
     )
     rows = np.concatenate([members, others])
     _refuse_constant(rows, feature)
-    machine = SVC(C=3, gamma="auto").fit(rows, np.repeat([1, 0], [len(members), len(others)]))
+    machine = SVC(C=3, gamma="auto", random_state=0).fit(rows, np.repeat([1, 0], [len(members), len(others)]))
     return proportion(int((machine.predict(asked) == 0).sum()), len(asked))
 
 

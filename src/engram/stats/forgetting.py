@@ -1,7 +1,7 @@
-"""The forgetting score of the NeurIPS 2023 machine unlearning competition (Triantafillou et al. 2024, arXiv 2406.09073).
+"""The forgetting score of the NeurIPS 2023 competition in machine unlearning (Triantafillou et al. 2024, 2406.09073).
 
-For every forget row, confidences under N unlearned and N retrained models are two samples of one number each. The better
-an attack tells them apart, the larger the ε of differential privacy that its error rates bear witness to:
+For every forget row, confidences under N unlearned and N retrained models are two samples of one number each. The
+better an attack tells them apart, the larger the ε of differential privacy that its error rates bear witness to:
 
     ε = max(ln(1 - δ - FPR) - ln FNR, ln(1 - δ - FNR) - ln FPR), at least 0
 
@@ -46,7 +46,9 @@ def row_epsilons(unlearned: Values, retrained: Values, delta: float = DELTA) -> 
     """
     u, r = array(unlearned), array(retrained)
     if u.ndim != 2 or r.ndim != 2 or u.shape[1] != r.shape[1] or min(len(u), len(r)) < 2:
-        raise EngramError(f"confidences are wanted as [N, n] and [M, n] of two models or more, not {u.shape}, {r.shape}")
+        raise EngramError(
+            f"confidences are wanted as [N, n] and [M, n] of two models or more, not {u.shape}, {r.shape}"
+        )
     return np.array([_row_epsilon(u[:, k], r[:, k], delta) for k in range(u.shape[1])])
 
 
@@ -59,9 +61,7 @@ def points(epsilons: Values, models: int) -> np.ndarray:
     return np.where(epsilon < ceil(log(models - 1)), earned, 0.0)
 
 
-def forgetting_score(
-    epsilons: Values, models: int, retain: tuple[float, float], test: tuple[float, float]
-) -> float:
+def forgetting_score(epsilons: Values, models: int, retain: tuple[float, float], test: tuple[float, float]) -> float:
     """Mean points times what is left of the accuracy; `retain`, `test`: (unlearned, retrained) accuracies. Higher is
     better; 1 for models that cannot be told from retrained ones.
 
@@ -79,7 +79,7 @@ def _row_epsilon(u: np.ndarray, r: np.ndarray, delta: float) -> float:
     low, high = sorted((u, r), key=np.median)
     rates = [_above(high, low), _between(narrow, wide)]
     fpr, fnr = (np.concatenate([pair[k] for pair in rates]) for k in range(2))
-    return float(np.nan_to_num(np.fmin(forgetting_epsilon(fpr, fnr, delta), CAP)).max(initial=0.0))
+    return float(np.nanmax(forgetting_epsilon(fpr, fnr, delta).clip(max=CAP), initial=0.0))
 
 
 def _above(positive: np.ndarray, negative: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
