@@ -17,7 +17,7 @@ _HOMES = {
     "Task": "engram.data.task",
     "erase": "engram.core.verbs",
     "examine": "engram.core.verbs",
-    "load": "engram.models.io",
+    "load": "engram.core.persist",
     "save": "engram.models.io",
 }
 

@@ -246,3 +246,18 @@ def test_a_head_that_does_not_fit_the_labels_is_refused(
 def test_a_ledger_that_is_not_there_is_not_begun_by_looking(desk: Path, tmp_path: Path) -> None:
     assert engram_(desk, f"ledger where d1 --ledger {tmp_path}/none.sqlite") == 2
     assert not (tmp_path / "none.sqlite").exists()
+
+
+def test_a_learner_is_loaded_and_erased_as_a_learner(desk: Path) -> None:
+    learner, model = engram.load(desk / "learner"), engram.load(desk / "model")
+    assert isinstance(learner, ACU) and isinstance(model, torch.nn.Module)
+    table, _ = read_with(desk / "train.parquet")
+    gone = table.take(range(30))
+    before = digest(learner.model)
+    forgot = engram.erase(learner, forget=gone, retain=table.without(gone.ids))
+    assert isinstance(forgot, ACU) and digest(learner.model) == before
+    assert not forgot.holds(gone.ids) and len(learner.holds(gone.ids)) == 30
+    fresh = ACU(size=64)
+    fresh.learn(Task(table.without(gone.ids), None, 0, table.classes, table.names))
+    found, wanted = (m.model.state_dict()["head.weight"] for m in (forgot, fresh))
+    assert torch.allclose(found, wanted, rtol=1e-6, atol=1e-9)

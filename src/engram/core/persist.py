@@ -11,6 +11,7 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as save_bytes
+from torch import nn
 
 from engram.core.learner import Learner
 from engram.core.settings import describe, make
@@ -59,6 +60,12 @@ def _read(path: Path, read: Callable[[Path], Any]) -> Any:
         return read(path)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise EngramError(f"{path} cannot be read: {error}") from error
+
+
+def load(directory: str | os.PathLike[str]) -> nn.Module | Learner:
+    """What stands in a directory: a model (engram's own, or what `save_pretrained` wrote) or a learner. EngramError
+    names a file that is missing or damaged, and refuses weights in pickle format."""
+    return load_learner(Path(directory))[0] if is_learner(directory) else io.load(Path(directory))
 
 
 def is_learner(directory: str | os.PathLike[str]) -> bool:

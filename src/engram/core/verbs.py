@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
+from engram.core import erasure
 from engram.core.finding import Finding
 from engram.core.forgetter import Forgetter
+from engram.core.learner import Forgetful, Learner, fork
 from engram.core.needs import Need, satisfied
 from engram.core.probe import Probe, Subject
 from engram.core.request import Classes, Records, Request
@@ -22,11 +24,12 @@ from engram.errors import EngramError
 
 USUAL = ("forget.SSD", "forget.GradientDifference", "forget.Finetune", "forget.GradientAscent")
 RANKING = Path(__file__).parents[1] / "configs" / "ranking.json"  # as `engram compare unlearning` wrote it
+Erased = TypeVar("Erased", nn.Module, Learner)
 PROBES = ("audit.Accuracy", "audit.Membership", "audit.RetrainGap")
 
 
 def erase(
-    model: nn.Module,
+    model: Erased,
     *,
     forget: Table | None = None,
     retain: Table | None = None,
@@ -35,8 +38,11 @@ def erase(
     recipe: Trainer | None = None,
     statistics: Mapping[str, Any] | None = None,
     run: Run | None = None,
-) -> nn.Module:
+) -> Erased:
     """A new model that has forgotten the `forget` rows, or whole `classes` of the rows in `forget`.
+
+    A learner comes back as a new learner: with "auto" it forgets in its own way if it has one, and all its traces let
+    go of the rows.
 
     `retain`: training rows that stay, as far as they are at hand. `method`: a name ("SSD"), {"name": …, setting:
     value}, a forgetter, or "auto": the first in the order of `automatic` that can do with what is given. `recipe`:
@@ -44,8 +50,12 @@ def erase(
     EngramError, before any work, if the method needs what is not given.
     """
     request = request_for(forget, retain, classes, {Need.RECIPE: recipe, Need.STATISTICS: statistics})
-    chosen = method if isinstance(method, Forgetter) else _choose(method, request)
-    return chosen.forget(model, request, run)
+    if isinstance(model, Learner):
+        twin = fork(model)
+        own = method == "auto" and isinstance(model, Forgetful)
+        erasure.forget(twin, request, None if own else _chosen(method, request), run)
+        return twin  # type: ignore[return-value]
+    return _chosen(method, request).forget(model, request, run)
 
 
 def examine(
@@ -105,7 +115,9 @@ def automatic() -> tuple[str, ...]:
     return ("forget.Retrain", *ranked)
 
 
-def _choose(method: str | Mapping[str, Any], request: Request) -> Forgetter:
+def _chosen(method: str | Mapping[str, Any] | Forgetter, request: Request) -> Forgetter:
+    if isinstance(method, Forgetter):
+        return method
     if method != "auto":
         return make(method, wing="forget")
     for name in automatic():
