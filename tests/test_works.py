@@ -21,12 +21,14 @@ from engram.engine.predict import accuracy
 from engram.engine.recipe import Recipe
 from engram.engine.run import Run
 from engram.forget import npo
+from engram.forget.laf import LAF
 from engram.forget.ssd import SSD
 from engram.keep.acu import ACU
 from engram.keep.fetril import FeTrIL
 from engram.keep.key_value import KeyValueBottleneck
 from engram.keep.nmc import NMC
 from engram.keep.rehearsal_free import RehearsalFree
+from engram.reproduce import laf
 from engram.reproduce.digits import curve
 from engram.stats import kmeans
 from engram.stats.moments import ClassMeans
@@ -132,11 +134,19 @@ def rejection(weight: float, split: Split, monkeypatch: pytest.MonkeyPatch) -> f
     return accuracy(new, split[1].of_classes([3]))
 
 
+def unlearning_of_the_density(weight: float, split: Split, monkeypatch: pytest.MonkeyPatch) -> float:
+    """Accuracy left on a forgotten class with the extractor's unlearning loss so weighted."""
+    original = LAF.unlearning
+    monkeypatch.setattr(LAF, "unlearning", lambda self, *given: weight * original(self, *given))
+    return laf.measure(laf.RECIPE(split[0], 0), 0, epochs=30)[1].forgotten
+
+
 OWN_TERMS: dict[str, tuple[Callable[[float, Split, pytest.MonkeyPatch], float], tuple[float, float]]] = {
     "nmc-baseline": (subtraction_of_means, (0.0, 1e-8)),
     "fetril": (translation, (0.0, 1e-5)),
     "acu": (subtraction_of_moments, (0.0, 1e-8)),
     "ssd": (dampening, (0.0, 0.25)),
+    "laf": (unlearning_of_the_density, (0.0, 0.25)),
     "npo": (rejection, (0.0, 0.1)),
     "rehearsal-free": (rehearsal_free, (0.35, 0.6)),
     "discrete-key-value-bottleneck": (nearness_to_keys, (0.7, 1.0)),

@@ -43,7 +43,7 @@ def main() -> None:
         found = []
         for seed in SEEDS:
             stages = class_stream(train, test, base=2, increment=2, order="pycil", seed=seed)
-            found.append(course(fresh(learner), stages, seed).summary())
+            found.append(course(fresh(learner), stages, seed))
         lines += [] if lines else [head("learner", found[0])]
         lines.append(row(name, found))
         print(lines[-1], flush=True)

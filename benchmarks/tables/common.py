@@ -6,21 +6,20 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from engram.compare.continual import Course, follow
 from engram.core.learner import Learner
 from engram.core.settings import describe
 from engram.data.readers import read
 from engram.data.streams import Stage
 from engram.data.table import Table
 from engram.engine.cache import FeatureCache
-from engram.engine.predict import hits
 from engram.engine.run import Run
 from engram.files import write_atomic
 from engram.models.resnet import load_cifar_resnet
@@ -63,33 +62,20 @@ def with_features(table: Table, model: nn.Module, cache: Path) -> Table:
     return replace(table, inputs={"values": FeatureCache(cache).features(model, table)})
 
 
-@dataclass
-class Course:
-    """What a learner showed on one stream: the accuracy matrix and the sizes of its test sets."""
-
-    matrix: np.ndarray
-    sizes: list[int]
-
-    def summary(self) -> Summary:
-        """The figures of a table's row."""
-        return {
-            "final, task mean": continual.average_accuracy(self.matrix),
-            "final, sample mean": continual.sample_accuracy(self.matrix, self.sizes),
-            "incremental, task mean": continual.average_incremental(self.matrix),
-            "incremental, sample mean": continual.average_incremental(self.matrix, self.sizes),
-            "forgetting": continual.forgetting(self.matrix),
-        }
+def summary(course: Course) -> Summary:
+    """The figures of a table's row."""
+    return {
+        "final, task mean": continual.average_accuracy(course.matrix),
+        "final, sample mean": continual.sample_accuracy(course.matrix, course.sizes),
+        "incremental, task mean": continual.average_incremental(course.matrix),
+        "incremental, sample mean": continual.average_incremental(course.matrix, course.sizes),
+        "forgetting": continual.forgetting(course.matrix),
+    }
 
 
-def course(learner: Learner, stages: Sequence[Stage], seed: int) -> Course:
-    """Take a learner along a stream; every task is tested after every task."""
-    run, matrix = Run(seed=seed), np.full((len(stages), len(stages)), np.nan)
-    for k, stage in enumerate(stages):
-        learner.learn(stage.task, run)
-        learner.refresh(run)
-        for j in range(k + 1):
-            matrix[k, j] = float(hits(learner.model, stages[j].test).double().mean())
-    return Course(matrix, [len(stage.test) for stage in stages])
+def course(learner: Learner, stages: Sequence[Stage], seed: int) -> Summary:
+    """What a learner shows along a stream."""
+    return summary(follow(learner, stages, Run(seed=seed)))
 
 
 def row(name: str, summaries: Sequence[Summary]) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 
 from benchmarks.tables.common import (
-    Course,
     arguments,
     as_cifar,
     backbone,
@@ -62,13 +61,12 @@ def _table(title: str, tables: list[Table], base: int, increment: int) -> str:
     train, test = tables
     lines = []
     for name, learner in LEARNERS.items():
-        found: list[Course] = []
+        found = []
         for seed in SEEDS:
             stages = class_stream(train, test, base=base, increment=increment, order="pycil", seed=seed)
             found.append(course(fresh(learner), stages, seed))
-        summaries = [c.summary() for c in found]
-        lines += [] if lines else [head("learner", summaries[0])]
-        lines.append(row(name, summaries))
+        lines += [] if lines else [head("learner", found[0])]
+        lines.append(row(name, found))
         print(title, lines[-1], flush=True)
     return f"## {title}\n\n" + "\n".join(lines)
 

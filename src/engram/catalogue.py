@@ -537,6 +537,8 @@ PAPERS: tuple[Paper, ...] = (
         "forget",
         "unlearning in the space of representations needs no labels and comes close to methods that use them",
         ("forget.LAF",),
+        status="works",
+        holds=6,
     ),
     Paper(
         "datamodel-matching",
@@ -952,6 +954,15 @@ METHODS: tuple[Method, ...] = (
         "engram.forget.influence",
         "one Newton step to where the optimum would be without the forget rows",
         _needs("forget-rows forget-labels retain-rows retain-labels"),
+    ),
+    Method(
+        "forget.LAF",
+        "forget",
+        "engram.forget.laf",
+        "drives embeddings of forget rows off their density and keeps those of retain rows; needs no label",
+        _needs("forget-rows retain-rows"),
+        paper="laf",
+        variants=(("repair_epochs=1", _needs("forget-rows retain-rows retain-labels")),),
     ),
     Method(
         "forget.Blindspot",

@@ -67,8 +67,8 @@ def add(command: Command) -> None:
     ledger.add_argument("--yes", action="store_true", help="purge: do not ask")
     _ledger_place(ledger, needed=True)
 
-    compare = command("compare", _compare, "Many forgetters under one protocol: a table of every trial, a leaderboard.")
-    compare.add_argument("what", choices=("unlearning",))
+    compare = command("compare", _compare, "Many methods under one protocol: a table of every trial, a leaderboard.")
+    compare.add_argument("what", choices=("unlearning", "continual"))
     compare.add_argument("--data", default="sklearn:digits", metavar="SOURCE")
     compare.add_argument("--test", metavar="SOURCE", help="default: a share of the rows")
     compare.add_argument("--limit", type=int, help="the first so many rows")
@@ -76,7 +76,8 @@ def add(command: Command) -> None:
     compare.add_argument("--epochs", type=int, default=20)
     compare.add_argument("--methods", nargs="+", default=[], metavar="METHOD", help="default: all that can be used")
     compare.add_argument("--requests", nargs="+", default=["random", "class", "subclass"], metavar="KIND")
-    compare.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    compare.add_argument("--stream", nargs=2, type=int, default=[2, 2], metavar=("BASE", "INCREMENT"), help="classes")
+    compare.add_argument("--seeds", nargs="+", type=int, help="default: 0 1 2; class orders: 1993 1994 1995")
     compare.add_argument("--trials", type=int, default=5, help="settings that are tried for a method and kind")
     compare.add_argument("--budget", type=float, default=60.0, help="seconds for these trials")
     compare.add_argument("--jobs", type=int, default=1, help="processes of one thread each")
@@ -189,37 +190,57 @@ def _prepare(given: argparse.Namespace, rest: list[str]) -> None:
 
 
 def _compare(given: argparse.Namespace, rest: list[str]) -> None:
-    import yaml
+    from engram.compare import continual, unlearning
+    from engram.report import page
 
-    from engram.compare.unlearning import Comparison, Contest, summarise, table_rows
-    from engram.report.page import write_leaderboard
-
-    plan = Comparison(
-        given.data,
-        given.test,
-        given.limit,
-        yaml.safe_load(given.network),
-        epochs=given.epochs,
-        methods=tuple(given.methods),
-        requests=tuple(given.requests),
-        seeds=tuple(given.seeds),
-        trials=given.trials,
-        budget=given.budget,
-        jobs=given.jobs,
-    )
-    contest = Contest(plan, given.out, progress=_progress(given))
+    shared = {"limit": given.limit, "trials": given.trials, "budget": given.budget, "jobs": given.jobs}
+    shared |= {"seeds": tuple(given.seeds)} if given.seeds else {}
+    contest = (_forgetters if given.what == "unlearning" else _learners)(given, shared)
     if given.estimate or not (given.quiet or given.json):
         print(contest.estimate(), flush=True)
     if given.estimate:
         return
-    summary = summarise(contest.execute())
-    intro = (
-        f"{given.data}, {len(contest.train)} training rows, {given.network}; seeds {', '.join(map(str, given.seeds))}"
+    module: Any = unlearning if given.what == "unlearning" else continual
+    summary = module.summarise(contest.execute())
+    intro = f"{given.data}, {len(contest.train)} training rows, {given.network}, seeds {contest.plan.seeds}"
+    place = page.write_leaderboard(Path(given.out) / "leaderboard.html", summary, intro=intro)
+    print(json.dumps(summary, indent=1) if given.json else "\n".join([*module.table_rows(summary), f"page: {place}"]))
+
+
+def _forgetters(given: argparse.Namespace, shared: dict[str, Any]) -> Any:
+    import yaml
+
+    from engram.compare.unlearning import Comparison, Contest
+
+    plan = Comparison(
+        given.data,
+        given.test,
+        network=yaml.safe_load(given.network),
+        epochs=given.epochs,
+        methods=tuple(given.methods),
+        requests=tuple(given.requests),
+        **shared,
     )
-    page = write_leaderboard(
-        Path(given.out) / "leaderboard.html", summary, title="Forgetters side by side", intro=intro
+    return Contest(plan, given.out, progress=_progress(given))
+
+
+def _learners(given: argparse.Namespace, shared: dict[str, Any]) -> Any:
+    import yaml
+
+    from engram.compare.continual import Comparison, Contest
+
+    base, increment = given.stream
+    common = {"network": yaml.safe_load(given.network), "epochs": given.epochs}
+    plan = Comparison(
+        given.data,
+        given.test,
+        base=base,
+        increment=increment,
+        learners=tuple(given.methods),
+        common=common,
+        **shared,
     )
-    print(json.dumps(summary, indent=1) if given.json else "\n".join([*table_rows(summary), f"leaderboard: {page}"]))
+    return Contest(plan, given.out, progress=_progress(given))
 
 
 def _certificate(given: argparse.Namespace, rest: list[str]) -> None:
@@ -268,6 +289,7 @@ def _ledger(given: argparse.Namespace, rest: list[str]) -> int | None:
     ledger = Ledger(given.ledger, given.ledger_key)
     if given.what in ("where", "purge"):
         record = _needed(given.record, "the id of a record")
+        ledger.verify()
         show = _purge if given.what == "purge" else _where
         return show(ledger, record, given)
     if given.what == "export":
@@ -357,7 +379,9 @@ def _opened(given: argparse.Namespace) -> Any:
         return None
     from engram.core.ledger import Ledger
 
-    return Ledger(given.ledger, given.ledger_key)
+    ledger = Ledger(given.ledger, given.ledger_key)
+    ledger.verify()
+    return ledger
 
 
 def _progress(given: argparse.Namespace) -> Any:

@@ -79,8 +79,8 @@ def replace_directory(fresh: Path, target: Path) -> None:
         os.rename(target, old)
     try:
         os.rename(fresh, target)
-    except OSError:
-        if existed:
+    except BaseException:
+        if existed and not target.exists():
             os.rename(old, target)
         raise
     _confirm(target)
@@ -123,7 +123,10 @@ def sweep(paths: Iterable[Path]) -> None:
     place of yet stays."""
     for path in paths:
         found = LEFT.fullmatch(path.name)
-        if found and (found["what"] == "new" or path.with_name(found["name"]).exists()):
+        if found is None:
+            continue
+        name = found["name"]  # of what it was to be, which may be half-written itself
+        if found["what"] == "new" or LEFT.fullmatch(name) or path.with_name(name).exists():
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 

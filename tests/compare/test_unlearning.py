@@ -123,7 +123,7 @@ def test_a_method_sees_no_more_than_it_declares(done: tuple[Path, Rows]) -> None
 
 def test_what_cannot_be_compared_is_refused(done: tuple[Path, Rows], tmp_path: Path) -> None:
     with pytest.raises(EngramError, match="another comparison"):
-        Contest(Comparison(limit=600, seeds=(5,)), done[0])
+        Contest(Comparison(limit=600, seeds=(5,)), done[0]).claim()
     with pytest.raises(EngramError, match="kind of request"):
         Comparison(requests=("classes",))
     with pytest.raises(EngramError, match="SSD"):
@@ -133,7 +133,7 @@ def test_what_cannot_be_compared_is_refused(done: tuple[Path, Rows], tmp_path: P
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("x")
     with pytest.raises(EngramError, match="something else"):
-        Contest(PLAN, tmp_path / "full")
+        Contest(PLAN, tmp_path / "full").claim()
 
 
 def test_trials_begin_with_the_methods_own_setting() -> None:
@@ -148,4 +148,4 @@ def test_the_command_writes_a_leaderboard(tmp_path: Path, capsys: pytest.Capture
     assert "forget.SSD" in capsys.readouterr().out
     assert "forget.SSD" in (tmp_path / "out" / "leaderboard.html").read_text()
     assert main([*words.split(), "--out", str(tmp_path / "other"), "--estimate"]) == 0
-    assert "minutes" in capsys.readouterr().out and not (tmp_path / "other" / "cells").exists()
+    assert "minutes" in capsys.readouterr().out and not (tmp_path / "other").exists()

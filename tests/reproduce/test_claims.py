@@ -20,6 +20,7 @@ HAVE = [
     "fetril",
     "acu",
     "ssd",
+    "laf",
     "npo",
     "rehearsal-free",
     "discrete-key-value-bottleneck",

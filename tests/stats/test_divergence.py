@@ -56,7 +56,11 @@ def test_histograms_from_equal_to_disjoint() -> None:
     assert histogram_kl(A, A).item() == 0
     assert histogram_kl(A / 10, A / 10 + 50).item() == pytest.approx(log(1e5)) == pytest.approx(11.51, abs=5e-3)
     assert histogram_kl(A + 200, A + 300).item() == 0  # both at the clip
-    assert histogram_kl(torch.ones(3, 2), torch.ones(4, 2)).tolist() == [0, 0]
+    edges: tuple[Literal["closed", "open"], ...] = ("closed", "open")
+    for right_edge in edges:
+        assert histogram_kl(torch.ones(3, 2), torch.ones(4, 2), right_edge=right_edge).tolist() == [0, 0]
+    one, other = (torch.tensor(x, dtype=torch.float64)[:, None] for x in ([-0.9, 0.2], [-0.9, -0.9, 0.2]))
+    assert histogram_kl(one, other, right_edge="open").item() == 0  # the largest is dropped in spite of rounding
     assert isnan(histogram_kl(torch.ones(3, 1), torch.zeros(3, 1), right_edge="open").item())
 
 

@@ -25,6 +25,7 @@ import torch
 from torch import nn
 
 from engram import catalogue
+from engram.compare.work import FORMAT, Row, Work, spread
 from engram.core.forgetter import Forgetter
 from engram.core.needs import Need, satisfied
 from engram.core.request import Request
@@ -43,8 +44,7 @@ from engram.stats.membership import threshold_attack
 from engram.stats.seeds import derive, generator
 
 KINDS = ("random", "class", "subclass")
-FORMAT = 1
-CELLS, TABLE, SUMMARY, RANKING = "cells", "unlearning.parquet", "summary.json", "ranking.json"
+TABLE, RANKING = "unlearning.parquet", "ranking.json"
 CALIBRATION = ("forget.Retrain",)  # no trials: it has nothing to set
 SPACE: dict[str, tuple[Any, ...]] = {
     "optimizer": (1.0, 0.1, 10.0, 0.3, 3.0, 0.03, 30.0),  # times the learning rate of the method's own
@@ -105,16 +105,11 @@ class Cell:
         return f"{self.method}-{self.kind}-{'tuning' if self.tuning else self.seed}"
 
 
-Row = dict[str, Any]
-
-
-class Contest:
-    """A comparison at work in a directory, which can be interrupted: finished cells are read, not done again."""
+class Contest(Work):
+    """A comparison of forgetters in a directory; it can be interrupted and goes on."""
 
     def __init__(self, plan: Comparison, out: str | Path, progress: Progress | None = None) -> None:
-        self.plan, self.out = plan, Path(out)
-        self.progress = progress
-        self._claim()
+        super().__init__(plan, out, progress)
         if plan.test is None:
             self.train, self.test = train_test(read(plan.data, limit=plan.limit), 0.3)
         else:
@@ -151,12 +146,17 @@ class Contest:
 
     def execute(self) -> list[Row]:
         """Do the work; the rows of the table, which is written with a summary and a ranking."""
+        self.claim()
         tuning, reported = self.cells()
         self._models()
-        found = self._all(tuning, {})
-        chosen = {(r["method"], r["kind"]): r["setting"] for rows in found for r in rows if r["chosen"]}
-        rows = [row for rows in [*found, *self._all(reported, chosen)] for row in rows]
-        self._write(rows)
+        trials = self.all(tuning, [{}] * len(tuning))
+        chosen = {(row["method"], row["kind"]): row["setting"] for row in trials if row["chosen"]}
+        rows = [*trials, *self.all(reported, [chosen.get((c.method, c.kind), {}) for c in reported])]
+        summary = summarise(rows)
+        self.write(TABLE, rows, summary)
+        order = [entry["method"] for entry in summary["methods"] if entry["method"] not in CALIBRATION]
+        made = {"date": f"{datetime.now(UTC):%Y-%m-%d}", "data": self.plan.data, "order": order}
+        write_atomic(self.out / RANKING, json.dumps(made, indent=1))
         return rows
 
     # The models that all share
@@ -195,23 +195,9 @@ class Contest:
 
     # The work
 
-    def _all(self, cells: Sequence[Cell], chosen: Mapping[tuple[str, str], Any]) -> list[list[Row]]:
-        from joblib import Parallel, delayed
-
-        left = [cell for cell in cells if not self._file(cell).exists()]
-        if left and self.progress is not None:
-            self.progress.say(f"{len(left)} of {len(cells)} cells to do")
-        jobs = ((cell, chosen.get((cell.method, cell.kind), {})) for cell in left)
-        if self.plan.jobs == 1:
-            for cell, setting in jobs:
-                self._do(cell, setting)
-        else:
-            Parallel(n_jobs=self.plan.jobs)(delayed(_elsewhere)(self.plan, self.out, *job) for job in jobs)
-        return [json.loads(self._file(cell).read_text()) for cell in cells]
-
-    def _do(self, cell: Cell, setting: Mapping[str, Any]) -> None:
-        rows = self._tuned(cell) if cell.tuning else [self._measured(cell, setting)]
-        write_atomic(self._file(cell), json.dumps(rows))
+    def do(self, cell: Cell, setting: Mapping[str, Any]) -> list[Row]:
+        """The trials of a method, or one measurement."""
+        return self._tuned(cell) if cell.tuning else [self._measured(cell, setting)]
 
     def _tuned(self, cell: Cell) -> list[Row]:
         rows: list[Row] = []
@@ -263,41 +249,8 @@ class Contest:
             "membership AUC": threshold_attack(*losses).auc.value,
         }
 
-    # The files
-
     def _run(self) -> Run:
         return Run(self.out / "models", progress=self.progress)
-
-    def _file(self, cell: Cell) -> Path:
-        return self.out / CELLS / f"{cell.name}.json"
-
-    def _claim(self) -> None:
-        """The directory belongs to this comparison; EngramError if it belongs to another."""
-        file = self.out / "plan.json"
-        mine = {"format": FORMAT, **{k: v for k, v in asdict(self.plan).items() if k not in ("jobs", "budget")}}
-        plain = json.loads(json.dumps(mine))
-        if file.exists() and json.loads(file.read_text()) != plain:
-            raise EngramError(f"{self.out} holds another comparison; choose another --out, or repeat its arguments")
-        if not file.exists() and self.out.exists() and any(self.out.iterdir()):
-            raise EngramError(f"{self.out} holds something else; choose another --out")
-        write_atomic(file, json.dumps(plain, indent=1))
-
-    def _write(self, rows: list[Row]) -> None:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        flat = [
-            {**row, "setting": json.dumps(row["setting"]), "needed": ", ".join(row.get("needed", []))} for row in rows
-        ]
-        columns = {name: [row.get(name) for row in flat] for name in dict.fromkeys(key for row in flat for key in row)}
-        sink = pa.BufferOutputStream()
-        pq.write_table(pa.table(columns), sink)
-        write_atomic(self.out / TABLE, sink.getvalue().to_pybytes())
-        summary = summarise(rows)
-        write_atomic(self.out / SUMMARY, json.dumps(summary, indent=1))
-        order = [entry["method"] for entry in summary["methods"] if entry["method"] not in CALIBRATION]
-        made = {"date": f"{datetime.now(UTC):%Y-%m-%d}", "data": self.plan.data, "order": order}
-        write_atomic(self.out / RANKING, json.dumps(made, indent=1))
 
 
 MEASURES = ("forget accuracy", "retain accuracy", "test accuracy", "membership AUC", "gap", "seconds", "steps", "rows")
@@ -335,7 +288,7 @@ def summarise(rows: Sequence[Row]) -> dict[str, Any]:
         kinds = {}
         for kind in dict.fromkeys(row["kind"] for row in mine):
             here = [row for row in fine if row["kind"] == kind]
-            kinds[kind] = {key: _spread([row[key] for row in here]) for key in MEASURES[:5]} if here else None
+            kinds[kind] = {key: spread([row[key] for row in here]) for key in MEASURES[:5]} if here else None
         shares = [
             row["seconds"] / base[row["kind"], row["seed"]] for row in fine if base.get((row["kind"], row["seed"]))
         ]
@@ -343,32 +296,16 @@ def summarise(rows: Sequence[Row]) -> dict[str, Any]:
         found.append(
             {
                 "method": name,
-                "gap": _spread([row["gap"] for row in fine]),
+                "gap": spread([row["gap"] for row in fine]),
                 "failed": sorted({row["error"] for row in mine if row["error"]}),
                 "kinds": kinds,
-                "cost": _spread(shares),
+                "cost": spread(shares),
                 "needed": mine[0].get("needed", []),
                 "settings": settings,
             }
         )
     found.sort(key=lambda entry: (len(entry["failed"]) > 0, entry["gap"][0] if entry["gap"] else np.inf))
     return {"format": FORMAT, "methods": found}
-
-
-def _spread(values: Sequence[float]) -> list[float] | None:
-    """Mean, and half of the 95 % t interval."""
-    from engram.stats.intervals import mean
-
-    finite = [value for value in values if value is not None and np.isfinite(value)]
-    if not finite:
-        return None
-    estimate = mean(finite)
-    return [estimate.value, estimate.high - estimate.value if len(finite) > 1 else float("nan")]
-
-
-def _elsewhere(plan: Comparison, out: Path, cell: Cell, setting: Mapping[str, Any]) -> None:
-    torch.set_num_threads(1)
-    Contest(plan, out)._do(cell, setting)
 
 
 def _cluster(rows: Table) -> Table:

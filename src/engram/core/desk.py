@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import shutil
@@ -9,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from torch import nn
 
@@ -22,14 +24,14 @@ from engram.core.persist import MODEL, is_learner, load_learner, save_learner
 from engram.core.reading import rows_for
 from engram.core.request import Concept, Request
 from engram.core.settings import describe, make, name_of
-from engram.core.stored import ACCOUNT, home_of, model_in, read_recipe, read_statistics, write_statistics
+from engram.core.stored import ACCOUNT, account_of, home_of, model_in, read_recipe, read_statistics, write_statistics
 from engram.core.verbs import automatic
 from engram.data.table import Table
 from engram.data.where import column_of
 from engram.engine.progress import Progress
 from engram.engine.run import Run
 from engram.errors import EngramError, unknown
-from engram.files import new_directory, write_atomic
+from engram.files import LEFT, SUMS, new_directory, sweep, write_atomic
 from engram.models import io
 from engram.models.guards import Wrapper
 
@@ -161,26 +163,36 @@ class Desk:
     ) -> dict[str, Any]:
         """Forget, and write the new model (or learner) to `out`, whole or not at all; its account, without ids.
 
-        Finished phases are journaled in `OUT.work`, which is removed at the end; `resume` goes on from there.
+        Finished phases are journaled in `OUT.work`, which is removed at the end; `resume` goes on from there. The
+        ledger hears of each step once: its entries carry the request's ticket, a random number that `OUT.work` keeps.
         """
         target, work = Path(out), Path(f"{out}.work")
-        if target.exists():
-            raise EngramError(f"{target} exists; choose another --out")
+        if target.exists() and not (resume and work.exists()):
+            done = f", and {work} is not there: that request was finished" if resume else ""
+            raise EngramError(f"{target} exists{done}; choose another --out")
         if work.exists() and not resume:
             raise EngramError(f"{work} holds an interrupted request; go on with --resume, or delete it")
         run = Run(work, seed=self.seed, device=self.device, progress=progress)
-        self._claim(work, choice)
-        notes = _Notes(ledger, self, reason)
+        notes = _Notes(ledger, self, reason, self._claim(work, choice))
+        if not target.exists():
+            self._make(choice, target, run, notes)
+        account = account_of(target)
+        if account.get("ticket") != notes.ticket:
+            raise EngramError(f"{target} exists, and is not what {work} was begun for; choose another --out")
+        notes.holder(target, account)
+        for dots in (".", ".."):  # half-written, and half-written in turn
+            sweep(sorted(target.absolute().parent.glob(f"{dots}{glob.escape(target.name)}.*")))
+        for finished in (work / "journal", work):  # the ticket goes last
+            shutil.rmtree(finished, ignore_errors=True)
+        return account
+
+    def _make(self, choice: Choice, target: Path, run: Run, notes: _Notes) -> None:
+        """Forget, and write the new model with its account."""
         result, exact, residue = self._forgotten(choice, run)
-        account: dict[str, Any] = run.phase(
-            "account", lambda: self._account(choice, result, exact, residue, run, notes)
-        )
+        account = run.phase("account", lambda: self._account(choice, result, exact, residue, run, notes))
         with new_directory(target) as fresh:
             self._write(result, fresh)
-            (fresh / ACCOUNT).write_text(json.dumps(account, indent=1, ensure_ascii=False))
-        notes.holder(target, _model_of(result), account)
-        shutil.rmtree(work, ignore_errors=True)
-        return account
+            (fresh / ACCOUNT).write_text(json.dumps(account, indent=1, ensure_ascii=False), encoding="utf-8")
 
     def _account(
         self, choice: Choice, result: nn.Module | Learner, exact: bool, residue: int, run: Run, notes: _Notes
@@ -188,6 +200,7 @@ class Desk:
         """What was done, without ids, as it is written beside the model and told to the ledger."""
         account = {
             "format": FORMAT,
+            "ticket": notes.ticket,
             "request": {**self.what.words(), "records": len(self.request.ids)},
             "method": describe(choice.method) if choice.method is not None else {"name": choice.name},
             "needed": sorted(self._needed(choice)),
@@ -200,15 +213,17 @@ class Desk:
         }
         return account | notes.action(account)
 
-    def _claim(self, work: Path, choice: Choice) -> None:
-        """The journal belongs to this request; EngramError if it belongs to another."""
+    def _claim(self, work: Path, choice: Choice) -> str:
+        """The journal belongs to this request: its ticket. EngramError if it belongs to another."""
         method = choice.name if choice.method is None else describe(choice.method)
         mine = json.dumps([io.digest(self.model), self.table.digest, method, list(self.request.ids), self.seed])
         file = work / "request.sha256"
-        digest = _sha256(mine)
-        if file.exists() and file.read_text() != digest:
+        ticket = file.read_text(errors="replace").partition(" ")[0] if file.exists() else uuid4().hex
+        claim = f"{ticket} {_sha256(mine + ticket)}"
+        if file.exists() and file.read_text(errors="replace") != claim:
             raise EngramError(f"{work} was begun for another request, model or method; delete it, or repeat that one")
-        write_atomic(file, digest)
+        write_atomic(file, claim)
+        return ticket
 
     def _forgotten(self, choice: Choice, run: Run) -> tuple[nn.Module | Learner, bool, int]:
         """The new model or learner, whether that is exact, and how many records some trace still holds."""
@@ -260,8 +275,8 @@ def prepare(
 class _Notes:
     """What the ledger is told, if there is one."""
 
-    def __init__(self, ledger: Any, desk: Desk, reason: str) -> None:
-        self.ledger, self.desk, self.reason = ledger, desk, reason
+    def __init__(self, ledger: Any, desk: Desk, reason: str, ticket: str) -> None:
+        self.ledger, self.desk, self.reason, self.ticket = ledger, desk, reason, ticket
         self.parent = None
         if ledger is not None:
             held = ledger.holder_of(desk.directory)
@@ -276,19 +291,25 @@ class _Notes:
     def action(self, account: Mapping[str, Any]) -> dict[str, Any]:
         if self.ledger is None:
             return {}
-        request = self.ledger.add_request(self.desk.request.ids, what=self.desk.what.words(), reason=self.reason)
-        kept = {key: account[key] for key in ("needed", "weights_hold_it", "cost")}
-        entry = self.ledger.add_action(
-            request.number, method=account["method"], exact=account["exact"], residue=account["residue"], **kept
+        request = self._noted("request") or self.ledger.add_request(
+            self.desk.request.ids, what=self.desk.what.words(), reason=self.reason, ticket=self.ticket
         )
+        kept = {key: account[key] for key in ("method", "exact", "residue", "needed", "weights_hold_it", "cost")}
+        entry = self._noted("action") or self.ledger.add_action(request.number, **kept, ticket=self.ticket)
         return {"ledger": {"request": request.number, "action": entry.number, "hash": entry.hash}}
 
-    def holder(self, out: Path, model: nn.Module, account: Mapping[str, Any]) -> None:
-        if self.ledger is not None and self.parent is not None:
-            action = account["ledger"]["action"]
-            self.ledger.add_holder(
-                self._kind, out, (), weights=io.digest(model), parent=self.parent.number, action=action
-            )
+    def holder(self, out: Path, account: Mapping[str, Any]) -> None:
+        if self.ledger is None or self.parent is None or self._noted("holder"):
+            return
+        if "ledger" not in account:
+            raise EngramError("the request was begun without a ledger; resume it without one")
+        weights, action = io.digest(model_in(out)), account["ledger"]["action"]
+        more = {"parent": self.parent.number, "action": action, "ticket": self.ticket}
+        self.ledger.add_holder(self._kind, out, (), weights=weights, **more)
+
+    def _noted(self, kind: str) -> Any:
+        """The entry of this kind that was written for this request before it was interrupted."""
+        return next((e for e in self.ledger.entries(kind) if e.body.get("ticket") == self.ticket), None)
 
 
 def _takes(method: Forgetter, request: Request) -> bool:
@@ -322,13 +343,9 @@ def _class(table: Table, name: str) -> int:
     raise unknown("class", name, [*by_name, *map(str, table.classes)])
 
 
-def _model_of(result: nn.Module | Learner) -> nn.Module:
-    return result.model if isinstance(result, Learner) else result
-
-
 def _beside(name: str) -> bool:
     """Files that belong to a model and are not its weights."""
-    return not name.endswith(WEIGHTS) and name not in (io.CONFIG, ACCOUNT)
+    return not name.endswith(WEIGHTS) and name not in (io.CONFIG, ACCOUNT, SUMS) and not LEFT.fullmatch(name)
 
 
 def _sha256(text: str) -> str:

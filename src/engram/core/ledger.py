@@ -14,13 +14,13 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
-import os
 import secrets
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -107,10 +107,7 @@ class Ledger:
         file = None if "://" in self.place else Path(self.place)
         self.key_file = Path(key) if key else Path(f"{file}.key") if file else Path("engram-ledger.key")
         self._engine = _engine(url)
-        try:
-            self._open()
-        except sa.exc.SQLAlchemyError as error:
-            raise EngramError(f"the ledger {self.place} cannot be opened: {_reason(error)}") from error
+        self._open()
 
     # Writing
 
@@ -138,7 +135,7 @@ class Ledger:
         if what not in HOLDERS:
             raise EngramError(f"{what!r} holds no records; a holder is one of {', '.join(HOLDERS)}")
         with self._writing() as db:
-            learnt = self._numbers(db, ids)
+            learnt, new = self._numbers(db, ids)
             forgotten: set[int] = set()
             if parent is not None:
                 self._get(db, parent)
@@ -155,16 +152,17 @@ class Ledger:
                 "parent": parent,
                 "action": action,
                 "records": len(learnt),
+                **new,
                 **more,
             }
             return self._append(db, "holder", body, {LEARNT: learnt, FORGOTTEN: forgotten & learnt})
 
-    def add_request(self, ids: Iterable[str], *, what: Mapping[str, Any], reason: str = "") -> Entry:
+    def add_request(self, ids: Iterable[str], *, what: Mapping[str, Any], reason: str = "", **more: Any) -> Entry:
         """Note a request to forget. `what`: how it was put, in words without personal data. `reason`: free text, kept
         as it is for ever: names do not belong in it."""
         with self._writing() as db:
-            members = self._numbers(db, ids)
-            body = {"what": dict(what), "records": len(members), "reason": reason}
+            members, new = self._numbers(db, ids)
+            body = {"what": dict(what), "records": len(members), "reason": reason, **new, **more}
             return self._append(db, "request", body, {REQUESTED: members})
 
     def add_action(self, request: int, *, method: Mapping[str, Any], exact: bool, residue: int, **more: Any) -> Entry:
@@ -184,23 +182,24 @@ class Ledger:
     def entries(self, kind: str | None = None) -> list[Entry]:
         """All entries in order, or those of a kind."""
         query = sa.select(_entry).order_by(_entry.c.number)
-        with self._engine.connect() as db:
+        with self._reading() as db:
             return [_as_entry(row) for row in db.execute(query if kind is None else query.where(_entry.c.kind == kind))]
 
     def get(self, number: int) -> Entry:
         """The entry of a number."""
-        with self._engine.connect() as db:
+        with self._reading() as db:
             return self._get(db, number)
 
     def holder_of(self, path: str | Path) -> Entry | None:
         """The last holder that was noted at a path."""
         wanted = str(Path(path).absolute())
-        found = [entry for entry in self.entries("holder") if entry.body["path"] == wanted]
+        found = [entry for entry in self.entries("holder") if entry.body.get("path") == wanted]
         return found[-1] if found else None
 
     def where(self, id: str) -> list[Holding]:
-        """What learnt this record: one look at the record, one at the piece of every membership that it falls into."""
-        with self._engine.connect() as db:
+        """What learnt this record: one look at the record, one at the piece of every membership that it falls into.
+        Trust in the answer rests on `verify`."""
+        with self._reading() as db:
             key = self._key(db)
             number = db.execute(sa.select(_record.c.number).where(_record.c.key == _keyed(key, id))).scalar()
             if number is None:
@@ -225,15 +224,17 @@ class Ledger:
 
     def verify(self, head: str | None = None) -> Entry | None:
         """Compute the chain anew; the last entry. EngramError names the first entry that was changed, removed or put
-        in, or the membership that was. `head`: the hash of an entry that is known from elsewhere; it must be there."""
+        in, or the memberships and records that were. `head`: the hash of an entry that is known from elsewhere; it must be there."""
         previous, last, seen = START, None, head is None
-        for expected, entry in enumerate(self.entries(), 1):
+        entries = self.entries()
+        for expected, entry in enumerate(entries, 1):
             self._verify(entry, expected, previous)
             previous, last, seen = entry.hash, entry, seen or entry.hash == head
-        with self._engine.connect() as db:
+        with self._reading() as db:
             count, end = (self._value(db, name) for name in ("count", "head"))
+            self._verify_records(db, entries)
         found = last.number if last else 0
-        if int(count or 0) != found or end != previous:
+        if count != str(found) or end != previous:
             raise EngramError(f"the ledger ends at entry {found} of {count}: the last entries were removed or put in")
         if not seen:
             raise EngramError(f"no entry of the ledger has the hash {head}: it is another ledger, or was written anew")
@@ -246,15 +247,32 @@ class Ledger:
     # Inside
 
     @contextmanager
+    def _reading(self) -> Iterator[sa.Connection]:
+        with self._told(), self._engine.connect() as db:
+            yield db
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        """A database that refuses, and a file that was damaged, end in a sentence."""
+        try:
+            yield
+        except EngramError:
+            raise
+        except sa.exc.SQLAlchemyError as error:
+            raise EngramError(f"the ledger {self.place} cannot be opened, read or written: {_reason(error)}") from error
+        except (ValueError, LookupError, TypeError, ArithmeticError, AttributeError) as error:
+            raise EngramError(f"the ledger {self.place} is damaged ({error}); bring it back from a copy") from error
+
+    @contextmanager
     def _writing(self) -> Iterator[sa.Connection]:
         """One writer at a time, all or nothing."""
-        with self._engine.connect().execution_options(writes=True) as db, db.begin():
+        with self._told(), self._engine.connect().execution_options(writes=True) as db, db.begin():
             if db.dialect.name == "postgresql":
                 db.execute(sa.text("SELECT pg_advisory_xact_lock(20110)"))
             yield db
 
     def _open(self) -> None:
-        with self._engine.connect() as db:
+        with self._reading() as db:
             there = sa.inspect(db).has_table("meta")
             found = int(self._value(db, "schema") or 0) if there else SCHEMA
         if found > SCHEMA:
@@ -318,8 +336,9 @@ class Ledger:
             raise EngramError(f"the ledger has no entry {number}")
         return _as_entry(row)
 
-    def _numbers(self, db: sa.Connection, ids: Iterable[str]) -> set[int]:
-        """The numbers of records; new ones get the next."""
+    def _numbers(self, db: sa.Connection, ids: Iterable[str]) -> tuple[set[int], dict[str, Any]]:
+        """The numbers of records; new ones get the next, and are told with a digest for the entry that is written."""
+        new: dict[str, Any] = {}
         key = self._key(db)
         wanted = {_keyed(key, id): None for id in ids}
         known = self._known(db, list(wanted))
@@ -331,16 +350,17 @@ class Ledger:
             db.execute(_record.insert(), rows)
             self._set(db, "records", first + len(fresh))
             known |= found
-        return {known[digest] for digest in wanted}
+            new = {"new": {"count": len(fresh), "sha256": hashlib.sha256(b"".join(fresh)).hexdigest()}}
+        return {known[digest] for digest in wanted}, new
 
     def _known(self, db: sa.Connection, keys: Sequence[bytes]) -> dict[bytes, int]:
         query = sa.select(_record.c.key, _record.c.number)
         if len(keys) > 20_000:  # one pass over the table
             among = set(keys)
-            return {bytes(key): number for key, number in db.execute(query) if bytes(key) in among}
+            return {_bytes(key): number for key, number in db.execute(query) if _bytes(key) in among}
         parts = [keys[i : i + 500] for i in range(0, len(keys), 500)]
         return {
-            bytes(key): number for part in parts for key, number in db.execute(query.where(_record.c.key.in_(part)))
+            _bytes(key): number for part in parts for key, number in db.execute(query.where(_record.c.key.in_(part)))
         }
 
     def _members(self, db: sa.Connection, entry: int, role: str) -> set[int]:
@@ -369,11 +389,26 @@ class Ledger:
             return
         query = sa.select(_membership.c.role, _membership.c.chunk, _membership.c.bits)
         pieces: dict[str, dict[int, bytes]] = {}
-        with self._engine.connect() as db:
+        with self._reading() as db:
             for role, chunk, bits in db.execute(query.where(_membership.c.entry == entry.number)):
-                pieces.setdefault(role, {})[chunk] = bytes(bits)
+                pieces.setdefault(role, {})[chunk] = _bytes(bits)
         if {role: _digest(found) for role, found in pieces.items()} != entry.body["members"]:
             raise EngramError(f"the records of entry {entry.number} of the ledger were changed")
+
+    def _verify_records(self, db: sa.Connection, entries: Iterable[Entry]) -> None:
+        """The keyed hashes of the records, in the order in which entries brought them, without gap or surplus."""
+        rows = enumerate(db.execute(sa.select(_record.c.number, _record.c.key).order_by(_record.c.number)))
+        total = 0
+        for entry in entries:
+            if new := entry.body.get("new"):
+                total += new["count"]
+                found = hashlib.sha256()
+                for k, (number, key) in islice(rows, new["count"]):
+                    found.update(_bytes(key) if k == number else b"")
+                if found.hexdigest() != new["sha256"]:
+                    raise EngramError(f"the records that entry {entry.number} of the ledger brought were changed")
+        if next(rows, None) is not None or self._value(db, "records") != str(total):
+            raise EngramError(f"the ledger should know {total} records: some were removed or put in")
 
     def _gone(self, db: sa.Connection) -> set[int]:
         rows = db.execute(sa.select(_entry.c.body).where(_entry.c.kind == "gone")).scalars()
@@ -394,8 +429,7 @@ class Ledger:
 
 def write_key(path: Path) -> None:
     """A new random key, readable by its owner alone."""
-    write_atomic(path, secrets.token_hex(32) + "\n")
-    os.chmod(path, 0o600)
+    write_atomic(path, secrets.token_hex(32) + "\n", mode=0o600)
 
 
 def _engine(url: str) -> sa.Engine:
@@ -446,6 +480,13 @@ def _as_entry(row: Any) -> Entry:
 def _has(bits: bytes, number: int) -> bool:
     place, bit = divmod(number % CHUNK, 8)
     return len(bits) > place and bool(bits[place] >> bit & 1)
+
+
+def _bytes(value: Any) -> bytes:
+    """Bytes as a database hands them over."""
+    if isinstance(value, bytes | memoryview):
+        return bytes(value)
+    raise TypeError(f"{type(value).__name__} in the place of bytes")
 
 
 def _pieces(numbers: set[int]) -> dict[int, bytes]:

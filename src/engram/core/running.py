@@ -22,7 +22,7 @@ from engram.data.task import Task
 from engram.engine.progress import Progress
 from engram.engine.run import Run
 from engram.errors import EngramError
-from engram.files import write_atomic
+from engram.files import LEFT, SUMS, sum_files, sweep, write_atomic
 
 FORMAT = 1
 CONFIG, STATUS, EVENTS, ENVIRONMENT, METRICS = (
@@ -45,7 +45,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
         found = shipped
     try:
         config = yaml.safe_load(found.read_text())
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+    except (OSError, yaml.YAMLError, ValueError) as error:
         raise EngramError(f"the config {found} cannot be read: {str(error).splitlines()[0]}") from error
     if not isinstance(config, dict):
         raise EngramError(f"the config {found} is no mapping of keys to values")
@@ -128,6 +128,7 @@ class Running:
     def execute(self) -> list[Record]:
         """Do the work and write the directory; `run.json` says "finished" only after everything else is written."""
         self._write_status("running")
+        (self.directory / SUMS).unlink(missing_ok=True)
         write_atomic(self.directory / CONFIG, yaml.safe_dump(self.plan.resolved(), sort_keys=False, allow_unicode=True))
         write_atomic(self.directory / ENVIRONMENT, json.dumps(environment(self.plan.device), indent=1))
         records = self.timeline.execute()
@@ -137,6 +138,8 @@ class Running:
             folder = self.directory / "models" / story.name
             save_learner(story.learner, folder, tasks=story.taken)
             self.preprocessing.save(folder)
+        sum_files(self.directory, (CONFIG, ENVIRONMENT, EVENTS, METRICS))
+        sweep(sorted(self.directory.rglob(".*")))
         return records
 
     def finish(self) -> None:
@@ -145,18 +148,23 @@ class Running:
 
     def _claim(self, resume: bool) -> None:
         status = self.directory / STATUS
-        if self.directory.exists() and any(self.directory.iterdir()) and not resume:
-            state = json.loads(status.read_text())["status"] if status.exists() else "something else"
+        held = self.directory.exists() and any(not LEFT.fullmatch(path.name) for path in self.directory.iterdir())
+        if held and not resume:
+            state = _state(status)
             hint = "use --resume to go on" if state == "running" else "choose another --out"
             raise EngramError(f"{self.directory} exists already and holds {_article(state)}; {hint}")
-        if resume and not status.exists():
+        if resume and not status.exists() and (held or not self.directory.exists()):
             raise EngramError(f"{self.directory} holds no run to resume ({STATUS} is missing)")
         if resume:
             self._same_config()
 
     def _same_config(self) -> None:
         written = self.directory / CONFIG
-        if written.exists() and yaml.safe_load(written.read_text()) != json.loads(json.dumps(self.plan.resolved())):
+        try:
+            found = yaml.safe_load(written.read_text()) if written.exists() else None
+        except (OSError, yaml.YAMLError, ValueError) as error:
+            raise EngramError(f"{written} cannot be read, delete it: {str(error).splitlines()[0]}") from error
+        if written.exists() and found != json.loads(json.dumps(self.plan.resolved())):
             raise EngramError(
                 f"{written} differs from the config given; resume with the same one, or choose another --out"
             )
@@ -226,6 +234,14 @@ def _position(place: list[Any], name: str, key: str) -> int:
     if not name.isdigit() or int(name) >= len(place):
         raise EngramError(f"--{key}: {name!r} is no position in a list of {len(place)}; positions count from 0")
     return int(name)
+
+
+def _state(status: Path) -> str:
+    """What a directory says that it holds."""
+    try:
+        return str(json.loads(status.read_text())["status"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return "something else"
 
 
 def _article(state: str) -> str:

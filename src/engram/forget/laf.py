@@ -66,9 +66,9 @@ class LAF(Forgetter):
     linear one has no such gap. It also draws the codes while it unlearns; here they are their means.
 
     For models that `models.split` can split, of classes or numbers, in eval mode throughout; EngramError where nothing
-    before the head can be trained. An epoch ends with the shorter of the two sides. Cost: that many batches times
-    epochs, four forward and two backward passes each; one forward pass over all rows; the densities, small networks
-    on stored embeddings.
+    before the head can be trained. An epoch ends with the shorter of the two sides: few forget rows want more epochs or
+    higher rates. Cost: that many batches times epochs, four forward and two backward passes each; one forward pass
+    over all rows; the densities, small networks on stored embeddings.
     """
 
     lr_unlearn: float = 5e-5
@@ -176,7 +176,9 @@ class LAF(Forgetter):
         with run.scope("repair"):
             embeddings = run.phase("embeddings", lambda: features(model, retain, run=run))
             _require_trainable(head(embeddings[:1].to(run.device)), "in its head")
-            self._train(head, step, Table({"values": embeddings}, retain.labels), self.repair_lr, self.repair_epochs, run)
+            self._train(
+                head, step, Table({"values": embeddings}, retain.labels), self.repair_lr, self.repair_epochs, run
+            )
 
     def _train(
         self, part: nn.Module, step: Callable[[Batch], Mean], table: Table, lr: float, epochs: int, run: Run

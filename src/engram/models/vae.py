@@ -6,6 +6,7 @@ Kingma, Welling: Auto-Encoding Variational Bayes. ICLR 2014, arXiv 1312.6114.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -57,5 +58,4 @@ class VAE(nn.Module):
 
 def _layers(widths: Sequence[int]) -> nn.Sequential:
     """Linear layers between these widths, a ReLU after each."""
-    pairs = zip(widths, widths[1:], strict=False)
-    return nn.Sequential(*(nn.Sequential(nn.Linear(into, out), nn.ReLU()) for into, out in pairs))
+    return nn.Sequential(*(nn.Sequential(nn.Linear(into, out), nn.ReLU()) for into, out in pairwise(widths)))

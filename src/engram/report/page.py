@@ -69,14 +69,18 @@ def write_audit(directory: str | Path) -> Path:
     return folder / REPORT
 
 
-def write_leaderboard(path: str | Path, summary: Mapping[str, Any], *, title: str, intro: str) -> Path:
-    """The summary of a comparison of forgetters as a page; its path."""
-    kinds = list(dict.fromkeys(kind for entry in summary["methods"] for kind in entry["kinds"]))
-    measures = ("forget accuracy", "retain accuracy", "test accuracy", "membership AUC", "gap")
-    template = _environment().get_template("leaderboard.html")
-    page = template.render(
-        title=title, intro=intro, kinds=kinds, measures=measures, methods=summary["methods"], spread=_spread
-    )
+def write_leaderboard(path: str | Path, summary: Mapping[str, Any], *, intro: str) -> Path:
+    """The summary of a comparison of forgetters or learners as a page; its path."""
+    if "learners" in summary:
+        template = _environment().get_template("learners.html")
+        page = template.render(title="Learners side by side", intro=intro, spread=_spread, **summary)
+    else:
+        kinds = list(dict.fromkeys(kind for entry in summary["methods"] for kind in entry["kinds"]))
+        measures = ("forget accuracy", "retain accuracy", "test accuracy", "membership AUC", "gap")
+        template = _environment().get_template("leaderboard.html")
+        page = template.render(
+            title="Forgetters side by side", intro=intro, kinds=kinds, measures=measures, spread=_spread, **summary
+        )
     write_atomic(path, page)
     return Path(path)
 
@@ -84,7 +88,8 @@ def write_leaderboard(path: str | Path, summary: Mapping[str, Any], *, title: st
 def _spread(found: Sequence[float] | None) -> str:
     if not found:
         return "–"
-    return f"{found[0]:.3f}" + (f" ± {found[1]:.3f}" if found[1] == found[1] else "")
+    digits = 0 if abs(found[0]) >= 100 else 3
+    return f"{found[0]:,.{digits}f}" + (f" ± {found[1]:,.{digits}f}" if found[1] == found[1] else "")
 
 
 def write_comparison(directories: Sequence[str | Path]) -> Path:

@@ -1,0 +1,114 @@
+"""A comparison at work in a directory: cells that are done once, in parallel, and kept as files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+import torch
+
+from engram.engine.progress import Progress
+from engram.errors import EngramError
+from engram.files import write_atomic
+
+FORMAT = 1
+CELLS, PLAN, SUMMARY = "cells", "plan.json", "summary.json"
+Row = dict[str, Any]
+
+
+class Cell(Protocol):
+    """One piece of work."""
+
+    @property
+    def name(self) -> str:
+        """A file name, different for every cell."""
+
+
+class Work:
+    """A subclass does one cell (`do`). It is made anew, from its plan and directory, in every process.
+
+    `plan`: a dataclass of plain data with `jobs` and `budget`, which do not change results and may differ when a
+    comparison goes on. EngramError for a directory that holds something else.
+    """
+
+    free: ClassVar[tuple[str, ...]] = ("jobs", "budget")
+
+    def __init__(self, plan: Any, out: str | Path, progress: Progress | None = None) -> None:
+        self.plan, self.out, self.progress = plan, Path(out), progress
+
+    def do(self, cell: Any, setting: Mapping[str, Any]) -> list[Row]:
+        """The rows of a cell."""
+        raise NotImplementedError
+
+    def claim(self) -> None:
+        """The directory belongs to this comparison from now on."""
+        file = self.out / PLAN
+        plain = json.loads(json.dumps({"format": FORMAT, **asdict(self.plan)}))
+        mine = {key: value for key, value in plain.items() if key not in self.free}
+        if file.exists() and json.loads(file.read_text()) != mine:
+            raise EngramError(f"{self.out} holds another comparison; choose another --out, or repeat its arguments")
+        if not file.exists() and self.out.exists() and any(self.out.iterdir()):
+            raise EngramError(f"{self.out} holds something else; choose another --out")
+        write_atomic(file, json.dumps(mine, indent=1))
+
+    def all(self, cells: Sequence[Any], settings: Iterable[Mapping[str, Any]]) -> list[Row]:
+        """The rows of all cells, in their order; those that are there are read."""
+        pairs = list(zip(cells, settings, strict=True))
+        left = [(cell, setting) for cell, setting in pairs if not self._file(cell).exists()]
+        if left and self.progress is not None:
+            self.progress.say(f"{len(left)} of {len(cells)} cells to do")
+        if self.plan.jobs == 1:
+            for cell, setting in left:
+                self.keep(cell, setting)
+        else:
+            from joblib import Parallel, delayed
+
+            here = type(self), self.plan, self.out
+            Parallel(n_jobs=self.plan.jobs)(delayed(_elsewhere)(*here, *pair) for pair in left)
+        return [row for cell in cells for row in json.loads(self._file(cell).read_text())]
+
+    def keep(self, cell: Cell, setting: Mapping[str, Any]) -> None:
+        """Do a cell and write its rows."""
+        write_atomic(self._file(cell), json.dumps(self.do(cell, setting)))
+
+    def write(self, name: str, rows: Sequence[Row], summary: Mapping[str, Any]) -> None:
+        """Put the table of rows and the summary down."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        flat = [{key: _cell(value) for key, value in row.items()} for row in rows]
+        columns = {key: [row.get(key) for row in flat] for key in dict.fromkeys(key for row in flat for key in row)}
+        sink = pa.BufferOutputStream()
+        pq.write_table(pa.table(columns), sink)
+        write_atomic(self.out / name, sink.getvalue().to_pybytes())
+        write_atomic(self.out / SUMMARY, json.dumps(summary, indent=1))
+
+    def _file(self, cell: Cell) -> Path:
+        return self.out / CELLS / f"{cell.name}.json"
+
+
+def spread(values: Sequence[float | None]) -> list[float] | None:
+    """Mean, and half of the 95 % t interval (NaN for a single value); None where there is no number."""
+    from engram.stats.intervals import mean
+
+    finite = [value for value in values if value is not None and np.isfinite(value)]
+    if not finite:
+        return None
+    estimate = mean(finite)
+    return [estimate.value, estimate.high - estimate.value if len(finite) > 1 else float("nan")]
+
+
+def _elsewhere(kind: type[Work], plan: Any, out: Path, cell: Cell, setting: Mapping[str, Any]) -> None:
+    torch.set_num_threads(1)
+    kind(plan, out).keep(cell, setting)
+
+
+def _cell(value: Any) -> Any:
+    """What a column of a table can hold."""
+    if isinstance(value, Mapping):
+        return json.dumps(value)
+    return ", ".join(map(str, value)) if isinstance(value, list) else value

@@ -1,0 +1,143 @@
+"""Learners along one stream under one protocol: what is measured, resumed, survived."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+import engram.compare.continual as module
+from engram.cli import main
+from engram.compare.continual import Comparison, Contest, bytes_of, configured, follow, summarise
+from engram.engine.run import Run
+from engram.errors import EngramError
+from engram.keep.nmc import NMC
+
+PLAN = Comparison(
+    limit=500,
+    base=4,
+    increment=3,
+    learners=("NMC", "Finetune", "Replay", "Joint"),
+    common={"network": {"name": "MLP", "hidden": [32]}, "epochs": 4, "buffer": 60},
+    seeds=(0, 1),
+    trials=2,
+)
+Rows = list[dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Rows]:
+    out = tmp_path_factory.mktemp("contest") / "out"
+    return out, Contest(PLAN, out).execute()
+
+
+def reported(rows: Rows) -> dict[tuple[str, int], dict[str, Any]]:
+    return {(row["learner"], row["seed"]): row for row in rows if not row["tuning"]}
+
+
+def test_every_course_has_its_row(done: tuple[Path, Rows]) -> None:
+    assert set(reported(done[1])) == {(f"keep.{name}", seed) for name in PLAN.learners for seed in PLAN.seeds}
+    assert pq.read_table(done[0] / "continual.parquet").num_rows == len(done[1]) == 8 + 3 * 2
+
+
+def test_the_figures_are_those_of_the_accuracy_matrix(done: tuple[Path, Rows]) -> None:
+    for row in done[1]:
+        matrix = np.array(row["accuracy matrix"]["class"])
+        aware = np.array(row["accuracy matrix"]["task"])
+        seen = np.tril(np.ones((3, 3), dtype=bool))
+        assert matrix.shape == (3, 3) and np.isnan(matrix[~seen]).all()
+        assert (aware[seen] >= matrix[seen]).all()
+        assert row["final accuracy"] == pytest.approx(matrix[-1].mean())
+        means = [matrix[k, : k + 1].mean() for k in range(3)]
+        assert row["incremental accuracy"] == pytest.approx(np.mean(means))
+
+
+def test_what_learners_hold_is_measured(done: tuple[Path, Rows]) -> None:
+    rows = reported(done[1])
+    train = len(Contest(PLAN, done[0]).train)
+    held = {name: rows[f"keep.{name}", 0]["rows held"] for name in PLAN.learners}
+    assert held == {"NMC": 0, "Finetune": 0, "Replay": 60, "Joint": train}
+    assert rows["keep.Joint", 0]["bytes per task"] > rows["keep.NMC", 0]["bytes per task"] > 0
+
+
+def test_rehearsal_beats_plain_fine_tuning_and_joint_training_beats_both(done: tuple[Path, Rows]) -> None:
+    rows = reported(done[1])
+    for seed in PLAN.seeds:
+        final = {name: rows[f"keep.{name}", seed]["final accuracy"] for name in PLAN.learners}
+        assert final["Finetune"] < final["Replay"] < final["Joint"]
+
+
+def test_the_tuning_stream_has_another_order(done: tuple[Path, Rows]) -> None:
+    contest = Contest(PLAN, done[0])
+    orders = [[stage.task.classes for stage in contest.stream(seed)] for seed in (*PLAN.seeds, 1_000_000)]
+    assert len({json.dumps(order) for order in orders}) == 3
+    tuned = {row["seed"] for row in done[1] if row["tuning"]}
+    assert tuned == {1_000_000}
+    for row in (row for row in done[1] if row["chosen"]):
+        rivals = [r["incremental accuracy"] for r in done[1] if r["tuning"] and r["learner"] == row["learner"]]
+        assert row["incremental accuracy"] == max(rivals)
+        assert all(reported(done[1])[row["learner"], seed]["setting"] == row["setting"] for seed in PLAN.seeds)
+
+
+def test_it_goes_on_where_it_was_interrupted(
+    done: tuple[Path, Rows], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured, count = Contest._measured, []
+
+    def killed(self: Contest, *args: Any) -> dict[str, Any]:
+        count.append(args)
+        if len(count) == 6:
+            raise KeyboardInterrupt
+        return measured(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Contest, "_measured", killed)
+        with pytest.raises(KeyboardInterrupt):
+            Contest(PLAN, tmp_path / "out").execute()
+    again = Contest(PLAN, tmp_path / "out").execute()
+    plain = [{k: v for k, v in row.items() if k not in ("seconds", "accuracy matrix")} for row in again]
+    assert plain == [{k: v for k, v in row.items() if k not in ("seconds", "accuracy matrix")} for row in done[1]]
+
+
+def test_a_learner_that_fails_has_a_row_that_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> None:
+        raise RuntimeError("it broke")
+
+    monkeypatch.setattr(NMC, "learn", broken)
+    plan = Comparison(limit=300, base=5, increment=5, learners=("NMC", "ACU"), seeds=(0,), trials=1)
+    rows = Contest(plan, tmp_path / "out").execute()
+    assert {row["learner"]: row["error"] for row in rows} == {"keep.NMC": "RuntimeError: it broke", "keep.ACU": ""}
+    assert summarise(rows)["learners"][-1]["failed"] == ["RuntimeError: it broke"]
+
+
+def test_common_settings_reach_those_that_know_them() -> None:
+    common = {"epochs": 3, "buffer": 7}
+    assert configured("keep.Replay", common, {"lr": 0.1}).optimizer.lr == pytest.approx(1e-4)  # type: ignore[attr-defined]
+    assert configured("keep.Replay", common, {}).buffer == 7  # type: ignore[attr-defined]
+    assert isinstance(configured("keep.NMC", common, {}), NMC)
+
+
+def test_bytes_are_those_of_all_tensors(tmp_path: Path) -> None:
+    learner = NMC()
+    course = follow(learner, Contest(PLAN, tmp_path / "out").stream(0), Run())
+    assert course.memory[-1] == bytes_of(learner.state_dict()) > course.memory[0]
+    assert bytes_of({"a": [np.zeros(3)], "b": "text", "c": None}) == 0
+
+
+def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(EngramError, match="is no learner"):
+        Comparison(learners=("forget.SSD",))
+    with pytest.raises(EngramError, match="compared on classes"):
+        Contest(Comparison(data="sklearn:diabetes"), tmp_path / "out")
+
+
+def test_the_command_writes_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = "compare continual --limit 300 --methods NMC ACU --seeds 0 --stream 4 3 --trials 1 --quiet"
+    assert main([*words.split(), "--out", str(tmp_path / "out")]) == 0
+    assert "keep.ACU" in capsys.readouterr().out
+    assert "keep.ACU" in (tmp_path / "out" / "leaderboard.html").read_text()
+    assert module.TABLE in {path.name for path in (tmp_path / "out").iterdir()}
