@@ -17,9 +17,10 @@ from engram.core.forgetter import Forgetter
 from engram.core.learner import fork
 from engram.core.needs import Need, Needs, needs
 from engram.core.probe import Subject
+from engram.core.protector import Protector
 from engram.core.request import Request
 from engram.core.trace import State
-from engram.data.table import Ids
+from engram.data.table import Ids, Table
 from engram.data.task import Task
 from engram.engine.run import Run
 from engram.forget.gradient_ascent import GradientAscent
@@ -183,6 +184,43 @@ class Tunes(Accuracy):
         return super().examine(subject, run)
 
 
+class Moves(Protector):
+    """Changes pixels by a part of `eps`, as long as it is not a culprit."""
+
+    eps = 0.1
+    by = 0.05
+
+    def protect(self, table: Table, run: Run | None = None) -> Table:
+        pixels = table.inputs["pixel_values"]
+        whole = 1.0 if pixels.is_floating_point() else 255.0
+        moved = (pixels / whole + self.by).clamp(0, 1) * whole
+        return replace(table, inputs={"pixel_values": moved.to(pixels.dtype)})
+
+
+class MovesTooFar(Moves):
+    by = 0.11
+
+
+class DoesNothing(Moves):
+    by = 0.0
+
+
+class SwapsRows(Moves):
+    def protect(self, table: Table, run: Run | None = None) -> Table:
+        return super().protect(table, run).take(range(len(table))[::-1])
+
+
+class ForgetsLabels(Moves):
+    def protect(self, table: Table, run: Run | None = None) -> Table:
+        return super().protect(table, run).unlabelled()
+
+
+class ForgetsItsKind(Moves):
+    def protect(self, table: Table, run: Run | None = None) -> Table:
+        found = super().protect(table, run)
+        return replace(found, inputs={"pixel_values": found.inputs["pixel_values"].float()})
+
+
 CULPRITS: list[tuple[Any, Check, str]] = [
     (DrawsGlobally(network=MLP), testing.check_seeded, "moved the global random state of torch"),
     (IgnoresTheSeed(network=MLP), testing.check_seeded, "another seed gave the same bits"),
@@ -200,7 +238,16 @@ CULPRITS: list[tuple[Any, Check, str]] = [
     (ClaimsExactness(epochs=1), testing.check_forgetter_is_exact, "depends on the forgotten rows"),
     (FindsNaN(oracles=1), testing.check_findings, "is not finite"),
     (Tunes(oracles=1), testing.check_findings, "changed the model that it examined"),
+    (MovesTooFar(), testing.check_protected_rows, "states eps=0.1"),
+    (DoesNothing(), testing.check_protected_rows, "changed nothing"),
+    (SwapsRows(), testing.check_protected_rows, "changed the ids"),
+    (ForgetsLabels(), testing.check_protected_rows, "changed labels"),
+    (ForgetsItsKind(), testing.check_protected_rows, "which was torch.uint8"),
 ]
+
+
+def test_a_protector_without_a_fault_passes() -> None:
+    testing.check_protected_rows(Moves(), digits())
 
 
 @pytest.mark.parametrize(

@@ -50,6 +50,12 @@ def add(command: Command) -> None:
     _rows(prepare)
     _ledger_place(prepare, needed=False)
 
+    protect = command("protect", _protect, "Write a copy of a table of images that is harder to learn from.")
+    protect.add_argument("--method", default="bayes-error-noise")
+    protect.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of the method")
+    protect.add_argument("--out", required=True, metavar="FILE", help="the copy, a .parquet file")
+    _rows(protect)
+
     certificate = command("certificate", _certificate, "Signed statements of what was asked, done and found.")
     certificate.add_argument("what", choices=("keygen", "issue", "verify"))
     certificate.add_argument("file", nargs="?", metavar="FILE", help="verify: the certificate; keygen: the key to make")
@@ -241,6 +247,52 @@ def _learners(given: argparse.Namespace, shared: dict[str, Any]) -> Any:
         **shared,
     )
     return Contest(plan, given.out, progress=_progress(given))
+
+
+def _protect(given: argparse.Namespace, rest: list[str]) -> None:
+    from engram.core.protector import Protector
+    from engram.core.settings import make, name_of
+    from engram.data.readers import read_with
+    from engram.engine.run import Run
+    from engram.files import write_atomic
+
+    if Path(given.out).suffix.lower() != ".parquet":
+        raise EngramError(
+            f"{given.out}: protected rows are written as Parquet; give --out a name that ends in .parquet"
+        )
+    method = make(_method(given.method, given.set), wing="protect")
+    if not isinstance(method, Protector):
+        raise EngramError(f"{name_of(method)} is no protector; engram methods --wing protect lists them")
+    columns = _columns(given)
+    table, plan = read_with(given.data, **columns)
+    found = method.protect(table, Run(seed=given.seed, device=given.device, progress=_progress(given)))
+    names = {"id": columns.get("id", "id"), "label": plan.label[0], "image": plan.image or "image"}
+    write_atomic(given.out, _parquet(found, names))
+    moved = (_between_0_and_1(one.inputs["pixel_values"]) for one in (table, found))
+    change = float(next(moved).sub(next(moved)).abs().max())
+    told = {"method": name_of(method), "file": given.out, "rows": len(found), "largest_change": change}
+    print(
+        json.dumps(told) if given.json else f"{len(found)} rows, changed by at most {change:.4g}, stand in {given.out}"
+    )
+
+
+def _between_0_and_1(pixels: Any) -> Any:
+    return pixels.double() if pixels.is_floating_point() else pixels.double() / 255
+
+
+def _parquet(table: Any, names: dict[str, str]) -> bytes:
+    """The bytes of a file that reads as the table: labels as numbers, class names beside them, images as tensors."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pixels = pa.FixedShapeTensorArray.from_numpy_ndarray(table.inputs["pixel_values"].contiguous().numpy())
+    columns = {names["id"]: list(table.ids), names["image"]: pixels, names["label"]: table.labels.numpy()}
+    others = {key: value.numpy() if hasattr(value, "numpy") else list(value) for key, value in table.extra.items()}
+    classes = {"_type": "ClassLabel", "names": [table.names[c] for c in sorted(table.names)]}
+    about = json.dumps({"info": {"features": {names["label"]: classes}}})
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table({**others, **columns}, metadata={"huggingface": about}), sink)
+    return sink.getvalue().to_pybytes()
 
 
 def _certificate(given: argparse.Namespace, rest: list[str]) -> None:

@@ -94,6 +94,12 @@ class Material:
         """A model of all training rows."""
         return self.recipe(self.train, 0)
 
+    @cached_property
+    def oracles(self) -> list[nn.Module]:
+        """Two models of the retained rows."""
+        retain = self.train.without(self.gone)
+        return [self.recipe(retain, seed) for seed in (1, 2)]
+
     def subject(self) -> Subject:
         """This model, untouched by the request, with everything that a probe may ask for."""
         request, model = self.request, self.model()
@@ -178,7 +184,7 @@ def _complete(method: Forgetter, material: Material) -> Request:
 def _supplies(method: Forgetter, material: Material) -> dict[Need, Any]:
     prepare = getattr(method, "prepare", None)
     stored = {} if prepare is None else {Need.STATISTICS: prepare(material.model(), material.train, Run())}
-    return {Need.RECIPE: material.recipe, **stored}
+    return {Need.RECIPE: material.recipe, Need.ORACLES: material.oracles, **stored}
 
 
 def ensure(condition: bool, sentence: str) -> None:
@@ -631,6 +637,46 @@ def _only(subject: Subject, parts: frozenset[str]) -> Subject:
     return Subject(subject.model, rows=rows, recipe=recipe, oracles=tuple(o.model for o in oracles), **kept)
 
 
+# --- checks of protectors
+
+
+def check_protected_rows(protector: Protector, material: Material) -> None:
+    """Other inputs alone: ids, labels, names, other columns, shapes and types stay; images stay images, in memory of
+    their own, whether they are stored as uint8 or as float; where it states `eps`, they change by no more than that."""
+    for table in (material.train, _as_levels(material.train)):
+        _keeps_the_rest(protector, table, fresh(protector).protect(table, Run()))
+
+
+def _as_levels(table: Table) -> Table:
+    """The table with float images as uint8."""
+    inputs = {k: (v * 255).round().to(torch.uint8) if k == "pixel_values" else v for k, v in table.inputs.items()}
+    return dataclasses.replace(table, inputs=inputs)
+
+
+def _keeps_the_rest(protector: Protector, table: Table, found: Table) -> None:
+    name = name_of(protector)
+    for part in ("ids", "names", "shapes"):
+        ensure(getattr(found, part) == getattr(table, part), f"{name} changed the {part} of the table")
+    rest = [fingerprint({**contents(one), "inputs": {}}) for one in (table, found)]
+    ensure(rest[0] == rest[1], f"{name} changed labels or other columns of the table")
+    ensure(found.digest != table.digest, f"{name} changed nothing")
+    for key, before in table.inputs.items():
+        after = found.inputs[key]
+        ensure(after.dtype == before.dtype, f"{name} made {after.dtype} of {key}, which was {before.dtype}")
+        ensure(after.data_ptr() != before.data_ptr(), f"{name}'s {key} shares memory with that of the table")
+        _keeps_the_range(protector, key, before, after)
+
+
+def _keeps_the_range(protector: Protector, key: str, before: Tensor, after: Tensor) -> None:
+    whole = 255 if before.dtype == torch.uint8 else 1
+    one, other = before.double() / whole, after.double() / whole
+    if key == "pixel_values":
+        ensure(bool(((other >= 0) & (other <= 1)).all()), f"{name_of(protector)} made pixels outside the range")
+    eps = getattr(protector, "eps", math.inf)
+    most = float((one - other).abs().max())
+    ensure(most <= eps + 1e-7, f"{name_of(protector)} changed {key} by {most:.6g}, and states eps={eps:.6g}")
+
+
 # --- the catalogue's rows
 
 
@@ -666,9 +712,15 @@ LEARNER: tuple[Check, ...] = (
 )
 FORGETTER: tuple[Check, ...] = (check_model_is_untouched, check_forgetter_needs_are_honest, check_forgetter_is_exact)
 PROBE: tuple[Check, ...] = (check_findings, check_asks_are_honest)
+PROTECTOR: tuple[Check, ...] = (check_protected_rows,)
 
 
 def checks_of(method: Any) -> tuple[Check, ...]:
     """The checks that a method of its kind has to pass."""
-    kinds: Mapping[type, tuple[Check, ...]] = {Learner: LEARNER, Forgetter: FORGETTER, Probe: PROBE, Protector: ()}
+    kinds: Mapping[type, tuple[Check, ...]] = {
+        Learner: LEARNER,
+        Forgetter: FORGETTER,
+        Probe: PROBE,
+        Protector: PROTECTOR,
+    }
     return (*EVERY, *(check for kind, own in kinds.items() if isinstance(method, kind) for check in own))

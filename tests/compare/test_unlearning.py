@@ -138,7 +138,7 @@ def test_what_cannot_be_compared_is_refused(done: tuple[Path, Rows], tmp_path: P
 
 def test_trials_begin_with_the_methods_own_setting() -> None:
     assert spaces("forget.Retrain") == []
-    assert spaces("forget.SSD")[0] == {} and spaces("forget.SSD")[1] == {"alpha": 1.5}
+    assert spaces("forget.SSD")[0] == {} and spaces("forget.SSD")[1] == {"alpha": "auto"}
     assert [s.get("optimizer") for s in spaces("forget.SCRUB")][:3] == [None, 0.1, 10.0]
 
 

@@ -23,6 +23,7 @@ from engram.forget.gradient_ascent import GradientAscent
 from engram.forget.gradient_difference import GradientDifference
 from engram.forget.npo import NPO
 from engram.forget.retrain import Retrain
+from engram.stats.seeds import derive
 from engram.testing import holds
 
 Split = tuple[Table, Table]
@@ -49,7 +50,7 @@ def scores(model: nn.Module, split: Split) -> tuple[float, float]:
 def test_retraining_is_the_recipe_on_the_rest(model: nn.Module, request_of_three: Request, split: Split) -> None:
     new = Retrain(seed=5).forget(model, request_of_three)
     assert request_of_three.retain is not None
-    again = RECIPE(request_of_three.retain, 5)
+    again = RECIPE(request_of_three.retain, derive("retrain", 0, 5))
     assert all(torch.equal(a, b) for a, b in zip(new.parameters(), again.parameters(), strict=True))
     assert scores(new, split)[0] == 0
     with pytest.raises(EngramError, match="recipe"):

@@ -14,6 +14,7 @@ from engram.core.request import Request
 from engram.data.table import Table
 from engram.engine.importance import importance
 from engram.engine.optimizer import Optimizer
+from engram.engine.predict import accuracy, predict
 from engram.engine.recipe import Recipe
 from engram.errors import EngramError
 from engram.forget.ssd import KIND, SSD
@@ -189,3 +190,48 @@ def test_without_labels_by_the_norm_of_the_logits(model: nn.Module, request_of_t
 def test_what_is_missing_is_named_with_methods_that_do_without(model: nn.Module, request_of_three: Request) -> None:
     with pytest.raises(EngramError, match=r"forget.SSD needs .*GradientAscent"):
         SSD().forget(model, request_of_three.but(retain=None))
+
+
+def test_by_layer_a_parameter_is_measured_against_its_layer(model: nn.Module, request_of_three: Request) -> None:
+    assert request_of_three.forget is not None and request_of_three.retain is not None
+    of_forget = importance(model, request_of_three.forget)
+    of_all = importance(model, request_of_three.retain.concat(request_of_three.forget))
+    new = SSD(alpha=3.0, scale="layer").forget(model, request_of_three)
+    for (name, old), dampened in zip(model.named_parameters(), new.parameters(), strict=True):
+        ratio = of_forget[name] / of_all[name] / (of_forget[name].sum() / of_all[name].sum())
+        wanted = torch.where(ratio > 3.0, old.double() / ratio, old.double())
+        torch.testing.assert_close(dampened.double(), wanted, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("c", [1, 3, 8])
+def test_auto_forgets_within_its_budget_at_any_batch_size(model: nn.Module, split: Split, c: int) -> None:
+    request = Request.of_classes(split[0], (c,))
+    assert request.forget is not None and request.retain is not None
+    new = SSD(alpha="auto", batch_size=64).forget(model, request)
+    kept = predict(model, request.retain).argmax(1) == predict(new, request.retain).argmax(1)
+    assert float(kept.double().mean()) >= 1 - 0.02 - 0.01  # 1,000 of the retain rows were asked
+    assert accuracy(new, request.forget) < accuracy(model, request.forget) - 0.3
+    other = SSD(alpha="auto", batch_size=7).forget(model, request)
+    torch.testing.assert_close(weights(other), weights(new), rtol=1e-5, atol=1e-8)
+
+
+def test_auto_with_stored_statistics_asks_no_retain_row(model: nn.Module, split: Split) -> None:
+    request = Request.of_classes(split[0], (3,))
+    stored = SSD().prepare(model, split[0])
+    alone = request.but(retain=None, at_hand={Need.STATISTICS: stored})
+    new = SSD(alpha="auto").forget(model, alone)
+    changes = [(p - q).detach().double() for p, q in zip(new.parameters(), model.parameters(), strict=True)]
+    names = [name for name, _ in model.named_parameters()]
+    damage = sum(float((stored[KIND][n] * d.square()).sum()) for n, d in zip(names, changes, strict=True))
+    assert 0 < damage <= 0.1
+    assert request.forget is not None and accuracy(new, request.forget) < accuracy(model, request.forget)
+
+
+def test_what_auto_cannot_judge_is_refused(model: nn.Module, request_of_three: Request, split: Split) -> None:
+    with pytest.raises(EngramError, match="scale"):
+        SSD(scale="layers").forget(model, request_of_three)
+    numbers = split[0].with_labels(split[0].batch(torch.arange(len(split[0]))).inputs["pixel_values"].mean((1, 2, 3)))
+    regressor = Recipe({"name": "MLP", "hidden": [4]}, epochs=1)(numbers, 0)
+    few = Request.of_records(numbers, numbers.ids[:20])
+    with pytest.raises(EngramError, match="predicted classes"):
+        SSD(alpha="auto").forget(regressor, few)

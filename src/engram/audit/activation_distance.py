@@ -41,6 +41,7 @@ class ActivationDistance(Probe):
         return cls(oracles=2)
 
     def examine(self, subject: Subject, run: Run | None = None) -> list[Finding]:
+        self.check(subject)
         run = run or Run()
         forget = subject.rows["forget"]
         oracles = oracles_of(subject, self.oracles, run)

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from engram.audit.populations import class_rows, confidences, models_enough, parted, populations
+from engram.audit.populations import PopulationProbe, class_rows, confidences, parted, populations
 from engram.core.finding import Finding
-from engram.core.probe import Measured, Probe, Subject
+from engram.core.probe import Measured, Subject
 from engram.data.table import Table
 from engram.engine.predict import hits
 from engram.engine.run import Run
@@ -24,7 +24,7 @@ from engram.stats.intervals import mean
 
 
 @dataclass(kw_only=True, eq=False)
-class ForgettingScore(Probe):
+class ForgettingScore(PopulationProbe):
     """The forgetting quality F (mean points of the forget rows) and the score F · RA_u / RA_* · TA_u / TA_*.
 
     It examines the method rather than one model: `models` originals (the competition: 512) are trained on all rows and
@@ -34,10 +34,7 @@ class ForgettingScore(Probe):
     trainings, `models` times forgetting, O(forget rows · models²); shared with ULiRA and KLoM.
     """
 
-    models: int = 100
     margin: float = 0.05
-
-    asks: ClassVar[frozenset[str]] = frozenset({"model", "request", "forget", "retain", "test", "recipe", "forgetter"})
 
     @classmethod
     def tiny(cls) -> ForgettingScore:
@@ -46,8 +43,8 @@ class ForgettingScore(Probe):
 
     def examine(self, subject: Subject, run: Run | None = None) -> list[Finding]:
         run = run or Run()
-        models_enough(self, self.models, 3)
-        forget, retain, test = (class_rows(self, subject, name) for name in ("forget", "retain", "test"))
+        self.check(subject)
+        forget, retain, test = (class_rows(self, subject, name) for name in self.tables)
         made = populations(subject, self.models, run)
         said = [
             torch.cat([confidences(models, forget, run), _accuracies(models, (retain, test), run)], 1)

@@ -12,33 +12,32 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import log
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from engram.audit.populations import (
     CLIP,
+    PopulationProbe,
     Populations,
     class_rows,
     confidences,
-    models_enough,
     over_rows,
     parted,
     populations,
 )
 from engram.core.finding import Finding
-from engram.core.probe import Probe, Subject
+from engram.core.probe import Subject
 from engram.data.table import Table
 from engram.engine.run import Run
 from engram.stats.divergence import histogram_kl
 
-TABLES = ("forget", "retain", "test")
 LEAST_SHARE = 1e-5
 
 
 @dataclass(kw_only=True, eq=False)
-class KLoM(Probe):
+class KLoM(PopulationProbe):
     """Mean and 95th percentile of KLoM over the rows, in nats, on forget, retain and test rows.
 
     It examines the method rather than one model: `models` originals are trained on all rows and forget the request,
@@ -47,11 +46,8 @@ class KLoM(Probe):
     times forgetting; shared with ULiRA and ForgettingScore.
     """
 
-    models: int = 100
     bins: int = 20
     margin: float = 0.1
-
-    asks: ClassVar[frozenset[str]] = frozenset({"model", "request", "forget", "retain", "test", "recipe", "forgetter"})
 
     @classmethod
     def tiny(cls) -> KLoM:
@@ -60,8 +56,8 @@ class KLoM(Probe):
 
     def examine(self, subject: Subject, run: Run | None = None) -> list[Finding]:
         run = run or Run()
-        models_enough(self, self.models, 2)
-        tables = {name: class_rows(self, subject, name) for name in TABLES}
+        self.check(subject)
+        tables = {name: class_rows(self, subject, name) for name in self.tables}
         made = populations(subject, self.models, run)
         return [finding for name, table in tables.items() for finding in self._of(name, table, made, run)]
 

@@ -60,11 +60,25 @@ class LiRA(Probe):
         """A setting for checks on a handful of rows."""
         return cls(shadows=4, oracles=2)
 
-    def examine(self, subject: Subject, run: Run | None = None) -> list[Finding]:
-        run = run or Run()
+    def check(self, subject: Subject) -> None:
+        """EngramError for what is not at hand, rows without class labels, too few of them, and too few models."""
+        super().check(subject)
         models_enough(self, self.shadows, 4)
-        members = class_rows(self, subject, "forget")
-        others = class_rows(self, subject, "test-forget" if "test-forget" in subject.rows else "test")
+        members, others = self._sides(subject)
+        rows, classes = (
+            sum(map(len, (members, others, subject.rows["retain"]))),
+            len({*members.classes, *others.classes}),
+        )
+        if rows < PER_CLASS * classes:
+            raise EngramError(
+                f"{name_of(self)} trains every shadow model on half of the rows: {rows} rows of {classes} classes are "
+                f"too few, {PER_CLASS * classes} or more are needed"
+            )
+
+    def examine(self, subject: Subject, run: Run | None = None) -> list[Finding]:
+        self.check(subject)
+        run = run or Run()
+        members, others = self._sides(subject)
         attack = self._attack(subject, members, others, run)
         oracles = oracles_of(subject, self.oracles, run)
         n = min(len(members), len(others))
@@ -85,16 +99,15 @@ class LiRA(Probe):
             found.append(figure(name, value, n, "AUC", interval=interval, protocol=protocol))
         return found
 
+    def _sides(self, subject: Subject) -> tuple[Table, Table]:
+        """Members and others."""
+        others = "test-forget" if "test-forget" in subject.rows else "test"
+        return class_rows(self, subject, "forget"), class_rows(self, subject, others)
+
     def _attack(self, subject: Subject, members: Table, others: Table, run: Run) -> _Attack:
         """Train the shadow models, the others among their rows, and look at what they say."""
         asked = members.concat(others)
         asked = replace(asked, ids=tuple(f"asked {k}" for k in range(len(asked))))  # of two tables: ids may recur
-        rows, classes = len(asked) + len(subject.rows["retain"]), len(asked.classes)
-        if rows < PER_CLASS * classes:
-            raise EngramError(
-                f"{name_of(self)} trains every shadow model on half of the rows: {rows} rows of {classes} classes are "
-                f"too few, {PER_CLASS * classes} or more are needed"
-            )
         pool = replace(subject, rows={"retain": subject.rows["retain"], "forget": asked})
         shadows = pool.models("shadow", self.shadows, run)
         phi = confidences([shadow.model for shadow in shadows], asked, run)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -24,6 +24,25 @@ CLIP = 100.0  # of confidences, on both sides
 LEAST = 2  # rows
 FLOORS = 8  # how often the retrained models are parted for the noise floor
 RESAMPLES = 200
+
+
+@dataclass(kw_only=True, eq=False)
+class PopulationProbe(Probe):
+    """Compares `models` unlearned models with as many retrained ones, by their confidences in the labels of `tables`;
+    `least`: of how many it can say anything."""
+
+    models: int = 100
+
+    asks: ClassVar[frozenset[str]] = frozenset({"model", "request", "forget", "retain", "test", "recipe", "forgetter"})
+    tables: ClassVar[tuple[str, ...]] = ("forget", "retain", "test")
+    least: ClassVar[int] = 3
+
+    def check(self, subject: Subject) -> None:
+        """EngramError for what is not at hand, rows without class labels, and too few models."""
+        super().check(subject)
+        models_enough(self, self.models, self.least)
+        for name in self.tables:
+            class_rows(self, subject, name)
 
 
 @dataclass(frozen=True)

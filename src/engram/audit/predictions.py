@@ -44,6 +44,7 @@ class Predictions(Probe):
         return cls(oracles=2)
 
     def examine(self, subject: Subject, run: Run | None = None) -> list[Finding]:
+        self.check(subject)
         run = run or Run()
         forget = subject.rows["forget"]
         if forget.target == Target.TOKENS or len(forget) < LEAST:

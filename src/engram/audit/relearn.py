@@ -66,6 +66,7 @@ class RelearnTime(Probe):
         return cls(lr=1e-2, epochs=4, batch_size=16, repeats=2, oracles=2)
 
     def examine(self, subject: Subject, run: Run | None = None) -> list[Finding]:
+        self.check(subject)
         run = run or Run()
         work = self.relearning(subject, run)
         oracles = oracles_of(subject, self.oracles, run)
@@ -86,15 +87,19 @@ class RelearnTime(Probe):
         )
         return [work.judged(found, oracles)]
 
-    def relearning(self, subject: Subject, run: Run) -> Relearning:
-        """What relearning takes place on, and until when. EngramError where it cannot."""
-        forget, retain = (labelled(subject.rows[name]) for name in ("forget", "retain"))
-        if not len(forget) or not len(retain):
+    def check(self, subject: Subject) -> None:
+        """EngramError for what is not at hand, rows without labels, and a model that cannot be trained on."""
+        super().check(subject)
+        if not all(len(labelled(subject.rows[name])) for name in ("forget", "retain")):
             raise EngramError(f"{name_of(self)} trains on forget and retain rows, and one side has no labels")
         if self.repeats < 2:
             raise EngramError(f"{name_of(self)} needs 2 repeats or more for an interval, not {self.repeats}")
         if not any(True for _ in subject.model.parameters()):
             raise EngramError(f"{name_of(self)} trains the model on, and this one has no parameters")
+
+    def relearning(self, subject: Subject, run: Run) -> Relearning:
+        """What relearning takes place on, and until when."""
+        forget, retain = (labelled(subject.rows[name]) for name in ("forget", "retain"))
         assert subject.before is not None
         order = torch.randperm(len(forget), generator=generator(run.seed, "forget rows to look at"))
         look = forget.take(order[:LOOKED_AT])
@@ -113,6 +118,7 @@ class AIN(RelearnTime):
     asks: ClassVar[frozenset[str]] = frozenset({"model", "before", "forget", "retain", "oracles"})
 
     def examine(self, subject: Subject, run: Run | None = None) -> list[Finding]:
+        self.check(subject)
         run = run or Run()
         work = self.relearning(subject, run)
         oracles = oracles_of(subject, self.oracles, run)

@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from engram.audit.lira import FEW, RATES
-from engram.audit.populations import class_rows, confidences, models_enough, over_rows, parted, populations
+from engram.audit.populations import PopulationProbe, class_rows, confidences, over_rows, parted, populations
 from engram.core.finding import MARGINS, Finding
-from engram.core.probe import Probe, Subject
+from engram.core.probe import Subject
 from engram.engine.run import Run
 from engram.stats.attacks import ulira_log_odds
 from engram.stats.intervals import auc
@@ -33,7 +33,7 @@ Statistic = Callable[[np.ndarray], float]
 
 
 @dataclass(kw_only=True, eq=False)
-class ULiRA(Probe):
+class ULiRA(PopulationProbe):
     """Accuracy, AUC, and TPR at 0.1 % and 1 % FPR of telling unlearned from retrained models, over the forget rows.
 
     It examines the method rather than one model: `models` originals are trained on all rows and forget the request,
@@ -47,6 +47,8 @@ class ULiRA(Probe):
     margin: float = MARGINS["AUC"]
 
     asks: ClassVar[frozenset[str]] = frozenset({"model", "request", "forget", "retain", "recipe", "forgetter"})
+    tables: ClassVar[tuple[str, ...]] = ("forget",)
+    least: ClassVar[int] = 4
 
     @classmethod
     def tiny(cls) -> ULiRA:
@@ -55,7 +57,7 @@ class ULiRA(Probe):
 
     def examine(self, subject: Subject, run: Run | None = None) -> list[Finding]:
         run = run or Run()
-        models_enough(self, self.models, 4)
+        self.check(subject)
         forget = class_rows(self, subject, "forget")
         made = populations(subject, self.models, run)
         unlearned, retrained = (confidences(models, forget, run) for models in (made.unlearned, made.retrained))

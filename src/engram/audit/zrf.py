@@ -43,6 +43,7 @@ class ZRF(Probe):
         return cls(oracles=2)
 
     def examine(self, subject: Subject, run: Run | None = None) -> list[Finding]:
+        self.check(subject)
         run = run or Run()
         forget = subject.rows["forget"]
         random = chances(self, untrained(subject.model, run.generator("untrained network")), forget, run)

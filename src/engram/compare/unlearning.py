@@ -48,7 +48,7 @@ TABLE, RANKING = "unlearning.parquet", "ranking.json"
 CALIBRATION = ("forget.Retrain",)  # no trials: it has nothing to set
 SPACE: dict[str, tuple[Any, ...]] = {
     "optimizer": (1.0, 0.1, 10.0, 0.3, 3.0, 0.03, 30.0),  # times the learning rate of the method's own
-    "alpha": (2.0, 1.5, 3.0, 4.0, 5.0, 6.0, 8.0, 1.2),
+    "alpha": (2.0, "auto", 1.5, 3.0, 4.0, 5.0, 6.0, 8.0, 1.2),
     "strength": (1.0, 0.3, 0.1, 3.0),
 }  # values to try, by the name of a setting; the first one that a method has
 

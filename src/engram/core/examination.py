@@ -11,9 +11,11 @@ from typing import Any
 from engram.core.desk import Desk, What
 from engram.core.environment import environment
 from engram.core.finding import Finding, Verdict
+from engram.core.forgetter import Forgetter
 from engram.core.needs import Need
 from engram.core.reading import rows_for
 from engram.core.request import Classes
+from engram.core.settings import make
 from engram.core.stored import ACCOUNT, account_of, home_of, model_in, read_json
 from engram.core.verbs import examine
 from engram.data.table import Table
@@ -65,6 +67,7 @@ class Audit:
         request = desk.request
         classes = request.what.labels if isinstance(request.what, Classes) else None
         run = Run(seed=self.seed, device=self.device, progress=progress)
+        account = account_of(self.after)
         findings = examine(
             after,
             before=desk.model,
@@ -74,10 +77,10 @@ class Audit:
             classes=classes,
             oracles=[model_in(path) for path in self.oracles],
             recipe=request.at_hand.get(Need.RECIPE),
+            forgetter=_forgetter(account.get("method")),
             probes=self.probes,
             run=run,
         )
-        account = account_of(self.after)
         found = {
             "format": FORMAT,
             "request": {**self.what.words(), "records": len(request.ids)},
@@ -97,6 +100,14 @@ class Audit:
         with new_directory(target) as fresh:
             (fresh / AUDIT).write_text(json.dumps(found, indent=1, ensure_ascii=False))
         return found
+
+
+def _forgetter(described: Mapping[str, Any] | None) -> Forgetter | None:
+    """The method that made the model, if it was a forgetter."""
+    if described is None or not str(described.get("name", "")).startswith("forget."):
+        return None
+    made: Forgetter = make(dict(described))
+    return made
 
 
 def verdict_of(findings: Sequence[Finding]) -> str:

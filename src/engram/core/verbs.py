@@ -68,11 +68,13 @@ def examine(
     classes: Sequence[int] | None = None,
     oracles: Sequence[nn.Module] = (),
     recipe: Trainer | None = None,
+    forgetter: Forgetter | None = None,
     probes: Iterable[str | Mapping[str, Any] | Probe] | None = None,
     run: Run | None = None,
 ) -> list[Finding]:
     """What probes find in a model. Verdicts need at least five `oracles` (models retrained without the forget rows), or
-    a `recipe` to train them with; without, they are unknown. `probes`: None takes Accuracy, Membership and RetrainGap,
+    a `recipe` to train them with; without, they are unknown. `forgetter`: for probes that make further models forget
+    (ULiRA, KLoM). `probes`: None takes Accuracy, Membership and RetrainGap,
     as far as they can do with what is given. EngramError if a probe that was named asks for what is not given."""
     rows = {
         name: table for name, table in (("forget", forget), ("retain", retain), ("test", test)) if table is not None
@@ -81,7 +83,9 @@ def examine(
         gone = test.of_classes(classes)
         rows |= {"test-forget": gone, "test": test.without(gone.ids)}
     request = request_for(forget, retain, classes, {}) if forget is not None else None
-    subject = Subject(model, before=before, request=request, rows=rows, recipe=recipe, oracles=tuple(oracles))
+    subject = Subject(
+        model, before=before, request=request, rows=rows, recipe=recipe, oracles=tuple(oracles), forgetter=forgetter
+    )
     run = run or Run()
     named = PROBES if probes is None else probes
     asked = [probe if isinstance(probe, Probe) else make(probe, wing="audit") for probe in named]

@@ -11,14 +11,15 @@ from engram.core.forgetter import Forgetter, at_hand, rows
 from engram.core.needs import Need, Needs, needs
 from engram.core.request import Request
 from engram.engine.run import Run
+from engram.stats.seeds import derive
 
 
 @dataclass(kw_only=True, eq=False)
 class Retrain(Forgetter):
     """Train a new model on the retain rows with the recipe of the old one. Exact by definition.
 
-    `seed`: that of the new training. It does with a forget set that is all of the data only where the recipe does.
-    Cost: one training.
+    `seed`: another training for every seed, here and of the run. It does with a forget set that is all of the data only
+    where the recipe does. Cost: one training.
     """
 
     seed: int = 0
@@ -36,4 +37,5 @@ class Retrain(Forgetter):
 
     def forget(self, model: nn.Module, request: Request, run: Run | None = None) -> nn.Module:
         self.check(request)
-        return at_hand(request, Need.RECIPE)(rows(request.retain), self.seed, run or Run())
+        run = run or Run()
+        return at_hand(request, Need.RECIPE)(rows(request.retain), derive("retrain", run.seed, self.seed), run)

@@ -14,7 +14,7 @@ import torch
 
 from engram.core.learning import GradientLearner
 from engram.data.buffer import Buffer
-from engram.data.table import Batch
+from engram.data.table import Batch, Table
 from engram.data.task import Task
 from engram.engine.run import Run
 
@@ -42,12 +42,17 @@ class Replay(GradientLearner):
 
     def batches(self, task: Task, epoch: int, run: Run) -> Iterable[Batch]:
         draws = run.generator("replay", epoch)
-        rank, processes = run.shard
         for batch in task.train.batches(self.batch_size, seed=run.number("order"), epoch=epoch):
             rows = task.train.take(batch.rows)
             if len(self.kept):
                 rows = rows.concat(self.kept.draw(self.replayed, draws))
-            yield rows.batch(torch.arange(rank, len(rows), processes))
+            yield share(rows, run)
 
     def end(self, task: Task, run: Run) -> None:
         self.kept.offer(task.train)
+
+
+def share(rows: Table, run: Run) -> Batch:
+    """This process's share of rows that are trained on together."""
+    rank, processes = run.shard
+    return rows.batch(torch.arange(rank, len(rows), processes))

@@ -5,16 +5,15 @@ Zhang, Sun, Lim, Zhang: Towards Provably Unlearnable Examples via Bayes Error Op
 With z_i the features of image i, s_ij = exp(-||z_i - z_j||^2 / (2 sigma^2)) and s_ii = 0, the posterior of a class c at
 z_i is averaged over the other images, and the Bayes error is what the best answer leaves:
 
-    p_i(c) = sum over j of class c of s_ij / sum over j of s_ij,        BE = 1/n sum over i of (1 - max over c of p_i(c))
+    p_i(c) = sum over j of class c of s_ij / sum over j of s_ij,      BE = 1/n sum over i of (1 - max over c of p_i(c))
 
 With c_i the class of that maximum and A_ij = (1[y_j = c_i] - p_i(c_i)) s_ij / (sigma^2 sum over k of s_ik),
 
     d BE / d z = 1/n (diag(A 1 + A' 1) - A - A') z
 
 Every few steps a fresh network is trained on the images as they are; its features, divided by the largest of their
-absolute values, are z. The images climb BE through it, and after each step are put back within eps of what they were and
-within [0, 1]. The change of that divisor is not followed, as in the paper, where a step passes the gradient on batch by
-batch.
+absolute values, are z. The images climb BE through it; after each step they are put back within eps of what they were,
+and within [0, 1]. The gradient does not follow the divisor: an outlier that grows would bring all others together.
 
 Published code gives the gradient of the sum of the n errors beside their mean, n times too large, and adds 1e-8 to
 the denominator of p, so that rows far from all others count as errors; here the gradient is that of the mean, and p is
@@ -62,8 +61,8 @@ class BayesErrorNoise(Protector):
     features for longer. For images `pixel_values`, uint8 or float32 in [0, 1], with a class each (EngramError
     otherwise). The bound holds for the table as it is stored: uint8 images change by whole levels.
 
-    Cost: steps / refresh trainings, and steps times a forward and backward pass of all n images and O(n^2 (d + classes))
-    for features of width d; memory n d and chunk n.
+    Cost: steps / refresh trainings; steps times a forward and backward pass of all n images, and O(n^2 (d + classes)) for
+    features of width d. Memory n d and chunk n.
     """
 
     eps: float = 8 / 255
@@ -141,9 +140,9 @@ class _Climb:
 def bayes_error(z: Tensor, labels: Tensor, sigma: float = 0.3, *, chunk: int = 1024) -> Tensor:
     """The Bayes error [], float64, of points z [n, d] with classes [n]: from 0 to 1 - 1 / classes.
 
-    Each point's posterior is that of its neighbours, itself left out. Differentiable in z, with the posterior's largest
-    class held fixed. EngramError for fewer than two points, or a sigma that is not above 0. O(n^2 (d + classes)); memory
-    chunk n.
+    Each point's posterior is that of the others (the equations of this module). Differentiable in z, with the
+    posterior's largest class held fixed. EngramError for fewer than two points, or a sigma that is not above 0.
+    O(n^2 (d + classes)); memory chunk n.
     """
     if len(z) < 2 or not sigma > 0:
         raise EngramError(f"the Bayes error of {len(z)} points at sigma={sigma}: give at least 2 points and sigma > 0")
@@ -207,7 +206,9 @@ def mixed(clean: Table, protected: Table, share: float, seed: int = 0) -> Table:
         raise EngramError(f"a share of {share} cannot be protected; give a number from 0 to 1")
     rows = shuffled(len(clean), seed, 0)[: round(share * len(clean))]
     others = protected.select(clean.ids[row] for row in rows.tolist())
-    inputs = {name: value.index_copy(0, rows, others.inputs[name].to(value.dtype)) for name, value in clean.inputs.items()}
+    inputs = {
+        name: value.index_copy(0, rows, others.inputs[name].to(value.dtype)) for name, value in clean.inputs.items()
+    }
     return replace(clean, inputs=inputs)
 
 

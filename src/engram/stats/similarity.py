@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from math import isnan
+
 import torch
 from torch import Tensor
 
@@ -65,6 +68,23 @@ def uniformity(z: Tensor) -> float:
     """
     pairs = torch.pdist(z.double()).square().mul(-2)
     return (pairs.logsumexp(0) - pairs.new_tensor(len(pairs)).log()).item()
+
+
+def representation_agreement(similarities: Sequence[float], gaps: Sequence[float]) -> float:
+    """The mean over sets of rows of CKA · (1 - |gap|), in [0, 1]; a gap is a difference of k-NN accuracies.
+
+    A CKA that is negative (the unbiased form may be) or undefined counts 0. CKAs of .9 and .5 with gaps of .1 and -.2
+    give .605. EngramError for no sets, and for unequal numbers of figures.
+    """
+    if not similarities or len(similarities) != len(gaps):
+        raise EngramError(f"an agreement wants one CKA and one gap a set; got {len(similarities)} and {len(gaps)}")
+    shares = [0.0 if isnan(value) else min(max(value, 0.0), 1.0) for value in similarities]
+    return sum(share * (1 - abs(gap)) for share, gap in zip(shares, gaps, strict=True)) / len(shares)
+
+
+def harmonic_mean(one: float, other: float) -> float:
+    """2ab / (a + b) of a, b >= 0: between them, and 0 where either is 0. Of .9 and .6: .72."""
+    return 2 * one * other / (one + other) if one > 0 and other > 0 else 0.0
 
 
 def _centred(x: Tensor) -> Tensor:
