@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from engram import catalogue
+from engram.audit import representation
 from engram.core.learner import fork
 from engram.core.request import Request
 from engram.data.streams import class_stream
@@ -28,7 +29,7 @@ from engram.keep.fetril import FeTrIL
 from engram.keep.key_value import KeyValueBottleneck
 from engram.keep.nmc import NMC
 from engram.keep.rehearsal_free import RehearsalFree
-from engram.reproduce import laf
+from engram.reproduce import are_we_truly_forgetting, laf
 from engram.reproduce.digits import curve
 from engram.stats import kmeans
 from engram.stats.moments import ClassMeans
@@ -141,6 +142,14 @@ def unlearning_of_the_density(weight: float, split: Split, monkeypatch: pytest.M
     return laf.measure(laf.RECIPE(split[0], 0), 0, epochs=30)[1].forgotten
 
 
+def nearness_of_representations(weight: float, split: Split, monkeypatch: pytest.MonkeyPatch) -> float:
+    """How much nearer to the original than retrained models a model is that forgot by its head alone, with CKA so
+    weighted."""
+    original = representation.cka
+    monkeypatch.setattr(representation, "cka", lambda x, y: weight * original(x, y))
+    return are_we_truly_forgetting.nearness_of_an_edited_head(0)
+
+
 OWN_TERMS: dict[str, tuple[Callable[[float, Split, pytest.MonkeyPatch], float], tuple[float, float]]] = {
     "nmc-baseline": (subtraction_of_means, (0.0, 1e-8)),
     "fetril": (translation, (0.0, 1e-5)),
@@ -150,6 +159,7 @@ OWN_TERMS: dict[str, tuple[Callable[[float, Split, pytest.MonkeyPatch], float], 
     "npo": (rejection, (0.0, 0.1)),
     "rehearsal-free": (rehearsal_free, (0.35, 0.6)),
     "discrete-key-value-bottleneck": (nearness_to_keys, (0.7, 1.0)),
+    "are-we-truly-forgetting": (nearness_of_representations, (0.05, 1.0)),
 }
 
 

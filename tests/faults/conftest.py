@@ -129,6 +129,7 @@ class Lab:
         """The new model, its account (what must differ aside), and what the ledger says; no request is told twice."""
         account = json.loads((out / "erasure.json").read_text())
         account["cost"].pop("seconds")
+        account.pop("environment")  # the checkout's commit may be another by now
         told, ticket = account.pop("ledger"), account.pop("ticket")
         ledger = Ledger(f"{out}.sqlite")
         ledger.verify()

@@ -209,22 +209,29 @@ def test_auto_forgets_within_its_budget_at_any_batch_size(model: nn.Module, spli
     assert request.forget is not None and request.retain is not None
     new = SSD(alpha="auto", batch_size=64).forget(model, request)
     kept = predict(model, request.retain).argmax(1) == predict(new, request.retain).argmax(1)
-    assert float(kept.double().mean()) >= 1 - 0.02 - 0.01  # 1,000 of the retain rows were asked
+    assert float(kept.double().mean()) >= 1 - 0.04 - 0.01  # 1,000 of the retain rows were asked
     assert accuracy(new, request.forget) < accuracy(model, request.forget) - 0.3
     other = SSD(alpha="auto", batch_size=7).forget(model, request)
     torch.testing.assert_close(weights(other), weights(new), rtol=1e-5, atol=1e-8)
 
 
-def test_auto_with_stored_statistics_asks_no_retain_row(model: nn.Module, split: Split) -> None:
+def test_auto_with_stored_statistics_asks_no_retain_row(
+    model: nn.Module, split: Split, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it may cost binds: little is forgotten, and more where more may be lost."""
     request = Request.of_classes(split[0], (3,))
     stored = SSD().prepare(model, split[0])
     alone = request.but(retain=None, at_hand={Need.STATISTICS: stored})
-    new = SSD(alpha="auto").forget(model, alone)
-    changes = [(p - q).detach().double() for p, q in zip(new.parameters(), model.parameters(), strict=True)]
-    names = [name for name, _ in model.named_parameters()]
-    damage = sum(float((stored[KIND][n] * d.square()).sum()) for n, d in zip(names, changes, strict=True))
-    assert 0 < damage <= 0.1
-    assert request.forget is not None and accuracy(new, request.forget) < accuracy(model, request.forget)
+    assert request.forget is not None
+    right = [accuracy(model, request.forget)]
+    for most in (0.04, 1.0):
+        monkeypatch.setattr("engram.forget.ssd.DAMAGE", most)
+        new = SSD(alpha="auto").forget(model, alone)
+        pairs = zip(model.named_parameters(), new.parameters(), strict=True)
+        damage = sum(float((stored[KIND][name] * (p - q).detach().double().square()).sum()) for (name, p), q in pairs)
+        assert 0 < damage <= most
+        right.append(accuracy(new, request.forget))
+    assert right[0] >= right[1] > right[2]
 
 
 def test_what_auto_cannot_judge_is_refused(model: nn.Module, request_of_three: Request, split: Split) -> None:

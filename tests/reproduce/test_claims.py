@@ -24,6 +24,7 @@ HAVE = [
     "npo",
     "rehearsal-free",
     "discrete-key-value-bottleneck",
+    "are-we-truly-forgetting",
     "deep-regression-unlearning",
 ]
 

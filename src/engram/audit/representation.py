@@ -73,9 +73,14 @@ class Representation(Probe):
         """A setting for checks on a handful of rows."""
         return cls(oracles=2, neighbours=1)
 
-    def examine(self, subject: Subject, run: Run | None = None) -> list[Finding]:
+    def check(self, subject: Subject) -> None:
+        """EngramError for what is not at hand, and for an unknown layer."""
+        super().check(subject)
         if self.layer not in LAYERS:
             raise unknown("layer", self.layer, LAYERS)
+
+    def examine(self, subject: Subject, run: Run | None = None) -> list[Finding]:
+        self.check(subject)
         run = run or Run()
         sets = [_Set(name, table, self, run) for name, table in subject.rows.items() if len(table) >= 4]
         oracles = oracles_of(subject, self.oracles, run)

@@ -13,7 +13,7 @@ n / n_f, so that alpha has to stay well below that: alpha 10 selects nothing whe
 
 Beyond the paper: `scale="layer"` measures I_f / I_D against the mean ratio of its layer, since late layers dominate
 otherwise; and `alpha="auto"` looks for alpha. It goes down a fixed grid, in both scales, as long as the predictions of
-retain rows stay, and takes the setting that changes most predictions of the forget rows. It sees what SSD sees: forget
+retain rows stay, and takes the setting that gets fewest forget rows right. It sees what SSD sees: forget
 rows and retain rows, or the forget rows and stored importances alone, whose I_D then bounds the damage to second order:
 sum of I_D (change of the parameter)², which is safe and weak.
 """
@@ -39,7 +39,7 @@ from engram.errors import EngramError, unknown
 KIND = "importance of all training rows"
 SCALES = ("model", "layer")
 GRID = tuple(round(30 / 1.2**k, 4) for k in range(18))  # alphas from 30 down to 1.35
-DAMAGE = 0.1  # of the loss, to second order, where no retain rows can be asked
+DAMAGE = 0.04  # of the loss, to second order, where no retain rows can be asked
 ASKED = 1000  # retain rows
 
 
@@ -60,7 +60,7 @@ class SSD(Forgetter):
     scale: str = "model"
     strength: float = 1.0
     exponent: float = 1.0
-    budget: float = 0.02
+    budget: float = 0.04
     per_sample: bool = True
     batch_size: int = 64
     loss: str = "ce"
@@ -108,19 +108,20 @@ class SSD(Forgetter):
         """The alpha and scale of "auto"."""
         gone = rows(request.forget)
         kept = None if request.retain is None else _some(request.retain, run)
-        answers = {id(table): _answers(model, table, run) for table in (gone, kept) if table is not None}
-        best = (1.0, 0.0, GRID[0], "model")  # least agreement on forget rows, then least damage
+        wrong = _answers(model, gone, run) if gone.labels is None else gone.labels  # what is to be unlearnt
+        right = None if kept is None else _answers(model, kept, run)
+        best = (2.0, 0.0, GRID[0], "model")  # fewest forget rows right, then least damage
         for scale in SCALES:
             for alpha in GRID:
                 new = replace(self, alpha=alpha, scale=scale).dampened(model, of_forget, of_all)
                 damage = _damage(model, new, of_all)
                 if damage == 0:
                     continue
-                if kept is not None:
-                    damage = 1 - _agreement(new, kept, answers[id(kept)], run)
+                if kept is not None and right is not None:
+                    damage = 1 - _agreement(new, kept, right, run)
                 if damage > (self.budget if kept is not None else DAMAGE):
                     break
-                best = min(best, (_agreement(new, gone, answers[id(gone)], run), damage, alpha, scale))
+                best = min(best, (_agreement(new, gone, wrong, run), damage, alpha, scale))
         return best[2], best[3]
 
     def prepare(self, model: nn.Module, train: Table, run: Run | None = None) -> dict[str, Statistics]:
@@ -164,7 +165,7 @@ def _answers(model: nn.Module, table: Table, run: Run) -> torch.Tensor:
 
 
 def _agreement(model: nn.Module, table: Table, answers: torch.Tensor, run: Run) -> float:
-    """The share of rows whose prediction is what it was."""
+    """The share of rows that are given these answers."""
     return float((_answers(model, table, run) == answers).double().mean())
 
 
