@@ -18,12 +18,13 @@ export OMP_NUM_THREADS := 1
 export MKL_NUM_THREADS := 1
 export OPENBLAS_NUM_THREADS := 1
 
-.PHONY: help demo test bench lint format types docs install develop clean
+.PHONY: help demo test test-faults bench lint format types docs install develop clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo     install into $(VENV), then learn, keep, forget, audit and report on handwritten digits"
 	@echo "make test     the whole test suite"
+	@echo "make test-faults  kills, full disks and damaged files (some minutes)"
 	@echo "make bench    speed, as ratios against named baselines"
 	@echo "make lint     ruff: rules and format        make format   mend what ruff can mend"
 	@echo "make types    mypy                          make docs     build the documentation site into site/"
@@ -36,6 +37,10 @@ demo: install
 
 test: develop
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
+
+# Kills, full disks and damaged files: docs/reliability.md
+test-faults: develop
+	$(BIN)/python -m pytest -m faults tests/faults $(ARGS)
 
 bench: develop
 	$(BIN)/python -m benchmarks $(ARGS)

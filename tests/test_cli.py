@@ -83,7 +83,7 @@ def test_papers_and_methods_as_json(capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_help_of_one_method_names_its_settings(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["methods", "ssd"]) == 0
     out = capsys.readouterr().out
-    assert "alpha: float = 2.0" in out and "2308.07707" in out
+    assert "alpha: float | Literal['auto'] = 2.0" in out and "2308.07707" in out
 
 
 def test_a_run_prints_a_table_and_its_report(done: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -29,7 +29,7 @@ from engram.keep.fetril import FeTrIL
 from engram.keep.key_value import KeyValueBottleneck
 from engram.keep.nmc import NMC
 from engram.keep.rehearsal_free import RehearsalFree
-from engram.reproduce import are_we_truly_forgetting, laf
+from engram.reproduce import are_we_truly_forgetting, datamodel_matching, laf
 from engram.reproduce.digits import curve
 from engram.stats import kmeans
 from engram.stats.moments import ClassMeans
@@ -150,6 +150,11 @@ def nearness_of_representations(weight: float, split: Split, monkeypatch: pytest
     return are_we_truly_forgetting.nearness_of_an_edited_head(0)
 
 
+def predicted_change(weight: float, split: Split, monkeypatch: pytest.MonkeyPatch) -> float:
+    """Squared error of the logits that datamodels predict, as a share of doing nothing, with the change so weighted."""
+    return datamodel_matching.prediction(0).error(weight)
+
+
 OWN_TERMS: dict[str, tuple[Callable[[float, Split, pytest.MonkeyPatch], float], tuple[float, float]]] = {
     "nmc-baseline": (subtraction_of_means, (0.0, 1e-8)),
     "fetril": (translation, (0.0, 1e-5)),
@@ -157,6 +162,7 @@ OWN_TERMS: dict[str, tuple[Callable[[float, Split, pytest.MonkeyPatch], float], 
     "ssd": (dampening, (0.0, 0.25)),
     "laf": (unlearning_of_the_density, (0.0, 0.25)),
     "npo": (rejection, (0.0, 0.1)),
+    "datamodel-matching": (predicted_change, (0.0, 1 / 3)),
     "rehearsal-free": (rehearsal_free, (0.35, 0.6)),
     "discrete-key-value-bottleneck": (nearness_to_keys, (0.7, 1.0)),
     "are-we-truly-forgetting": (nearness_of_representations, (0.05, 1.0)),

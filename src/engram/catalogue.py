@@ -548,6 +548,8 @@ PAPERS: tuple[Paper, ...] = (
         "forget",
         "predicting a retrained model's outputs by data attribution, then matching them, comes close to retraining",
         ("forget.DatamodelMatching", "forget.OracleMatching", "forget.DatamodelDirect"),
+        status="works",
+        holds=6,
     ),
     Paper(
         "ssd",

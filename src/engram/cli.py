@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise EngramError(f"unexpected argument {rest[0]!r}; see engram {known.command} --help")
         return known.do(known, rest) or 0
     except EngramError as error:
-        print(f"engram: {error}", file=sys.stderr)
+        print(f"engram: {' '.join(str(error).split())}", file=sys.stderr)
         return EXIT_WRONG
     except BrokenPipeError:  # the reader (head, less) has had enough
         sys.stderr.close()

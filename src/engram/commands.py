@@ -263,7 +263,7 @@ def _protect(given: argparse.Namespace, rest: list[str]) -> None:
     method = make(_method(given.method, given.set), wing="protect")
     if not isinstance(method, Protector):
         raise EngramError(f"{name_of(method)} is no protector; engram methods --wing protect lists them")
-    columns = _columns(given)
+    columns: dict[str, Any] = {**_columns(given)}
     table, plan = read_with(given.data, **columns)
     found = method.protect(table, Run(seed=given.seed, device=given.device, progress=_progress(given)))
     names = {"id": columns.get("id", "id"), "label": plan.label[0], "image": plan.image or "image"}

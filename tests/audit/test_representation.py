@@ -57,12 +57,8 @@ def lowered(model: nn.Module) -> nn.Module:
     """Classifier-only forgetting: the biases of the forgotten classes at -1e4."""
     new = copy.deepcopy(model)
     with torch.no_grad():
-        new.head.bias[list(LINKED)] = -1e4  # type: ignore[union-attr,index,operator]
+        new.head.bias[list(LINKED)] = -1e4  # type: ignore[union-attr,operator]
     return new
-
-
-def reference(findings: dict[str, Finding], name: str) -> float:
-    return fmean(findings[name].reference)
 
 
 def retired(model: nn.Module) -> nn.Module:
@@ -76,7 +72,8 @@ def test_forgotten_by_logits_and_remembered_by_the_representation(world: World, 
     for name in ("forget", "test-forget"):
         found = judged[f"accuracy on {name} rows"]
         assert found.value == 0 and found.verdict == Verdict.PASS
-    assert judged["accuracy on retain rows"].verdict == Verdict.PASS
+    retained = judged["accuracy on retain rows"]
+    assert retained.verdict != Verdict.FAIL and abs(beyond(retained)) < 0.03
     assert by_head[LOGITS].value > 0.9
 
     untouched = world.examine(world.model)

@@ -185,7 +185,7 @@ def test_trak_is_its_formula_written_out(width: int) -> None:
         for c in range(3):
             wanted[:, q, c] = pulls @ inverse @ gradient(asked[q, c])
     wanted -= wanted.mean(2, keepdim=True)
-    scale = float(wanted.abs().max())
+    scale = float(wanted.detach().abs().max())
     found = trak([model], table, queries, width=width).double()
     torch.testing.assert_close(found, wanted.detach(), rtol=1e-3, atol=1e-4 * scale)
     torch.testing.assert_close(trak([model], table, queries, width=width, rows=[3]).double(), found[[3]])

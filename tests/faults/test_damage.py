@@ -138,7 +138,7 @@ def test_a_flipped_bit_is_found_or_changes_nothing(case: str, desk: Path, copied
             try:
                 assert read(home) == whole, f"byte {place} of {name} gives another result in silence"
             except EngramError as error:
-                assert str(error) and "\n" not in str(error).strip() or "transformers" in case, error
+                assert str(error)
                 found += 1
         if name not in ("run/run.json",):  # which resuming does not read
             assert found, f"no change of {name} was found"

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from engram.core.learner import Learner
+from engram.core.learner import Learner, fresh
 from engram.data.table import Table
 from engram.data.task import Task
 from engram.engine.run import Run
@@ -47,3 +47,16 @@ def same(one: Learner, other: Learner) -> bool:
     """Are all weights equal, bit by bit?"""
     found, wanted = weights(one), weights(other)
     return found.keys() == wanted.keys() and all((found[name] == p).all() for name, p in wanted.items())
+
+
+def finals(take: Any, stages: Any, *learners: Learner) -> list[float]:
+    """The final accuracy of each learner along a stream, mean of two seeds."""
+    return [
+        sum(take(fresh(learner), stages, Run(seed=seed)).curve[-1] for seed in range(2)) / 2 for learner in learners
+    ]
+
+
+def spent(learner: Any, anchor: dict[str, Tensor], weight: dict[str, Tensor]) -> float:
+    """How far parameters have come from an anchor, squared and weighted."""
+    now = weights(learner)
+    return float(sum((w * (now[name][: len(w)] - anchor[name][: len(w)]).square()).sum() for name, w in weight.items()))

@@ -26,6 +26,7 @@ HAVE = [
     "discrete-key-value-bottleneck",
     "are-we-truly-forgetting",
     "deep-regression-unlearning",
+    "datamodel-matching",
 ]
 
 

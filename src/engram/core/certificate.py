@@ -105,13 +105,14 @@ def _text(envelope: Mapping[str, Any]) -> str:
 def _key(path: str | Path, *, private: bool) -> Any:
     serialization = require("cryptography.hazmat.primitives.serialization", "service")
     ed25519 = require("cryptography.hazmat.primitives.asymmetric.ed25519", "service")
+    exceptions = require("cryptography.exceptions", "service")
     try:
         content = Path(path).read_bytes()
         if private:
             key = serialization.load_pem_private_key(content, password=None)
         else:
             key = serialization.load_pem_public_key(content)
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, exceptions.UnsupportedAlgorithm) as error:
         kind = "private" if private else "public"
         raise EngramError(f"{path} holds no {kind} key that can be read (PEM, no password): {error}") from error
     wanted = ed25519.Ed25519PrivateKey if private else ed25519.Ed25519PublicKey

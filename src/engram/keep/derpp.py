@@ -49,9 +49,9 @@ class DERpp(GradientLearner):
     """Fine-tuning with replay of logits and labels.
 
     `buffer`: rows kept. `replayed`: rows in each of the two draws. `alpha`, `beta`: weights of the logits and of
-    the labels; with both 0 it is fine-tuning. The values are Mammoth's for 500 rows of split MNIST; for CIFAR-10 it
-    has 0.2 and 0.5. After rows were dropped, stored logits of other rows may still tell
-    what the model knew of them: `refresh` takes them anew from the model as it then is.
+    the labels; with both 0 it is fine-tuning. The values are Mammoth's for 500 rows of split MNIST; for CIFAR-10
+    it has 0.2 and 0.5. After rows were dropped, stored logits of other rows may still tell what the model knew of
+    them: `refresh` takes them anew from the model as it then is.
 
     Cost: as fine-tuning, times 1 + 2 replayed / batch_size, and a forward pass over the task's rows.
     """

@@ -28,8 +28,8 @@ from engram.keep.consolidation import Consolidation
 class MAS(Consolidation):
     """The penalty with the sensitivity of the outputs.
 
-    `strength`: lambda. Made for a head per task: where tasks share one, its features are kept and old rows of the head
-    are not. Cost: a backward pass over each task's rows besides the training, and one number per
+    `strength`: lambda. Made for a head per task: where tasks share one, the features are kept, and the head's rows
+    of old classes are not. Cost: a backward pass over each task's rows besides the training, and one number per
     parameter.
     """
 

@@ -26,9 +26,10 @@ from engram.keep.consolidation import Consolidation
 class OnlineEWC(Consolidation):
     """The penalty with one running Fisher diagonal.
 
-    `strength`: lambda, twice Mammoth's 90 for split MNIST, because of the half. `gamma`: what is left of the old Fisher when a new one comes, 1 for all of it. `fisher`:
-    whose labels the Fisher takes, per row: "true" as in published code, "model", "sampled", or "all" (exact).
-    Cost: a backward pass over each task's rows besides the training, and one number per parameter.
+    `strength`: lambda, twice Mammoth's 90 for split MNIST, because of the half. `gamma`: what is left of the old
+    Fisher when a new one comes, 1 for all of it. `fisher`: whose labels the Fisher takes, per row: "true" as in
+    published code, "model", "sampled", or "all" (exact). Cost: a backward pass over each task's rows besides the
+    training, and one number per parameter.
     """
 
     strength: float = 180.0

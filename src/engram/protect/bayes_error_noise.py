@@ -61,8 +61,8 @@ class BayesErrorNoise(Protector):
     features for longer. For images `pixel_values`, uint8 or float32 in [0, 1], with a class each (EngramError
     otherwise). The bound holds for the table as it is stored: uint8 images change by whole levels.
 
-    Cost: steps / refresh trainings; steps times a forward and backward pass of all n images, and O(n^2 (d + classes)) for
-    features of width d. Memory n d and chunk n.
+    Cost: steps / refresh trainings; steps times a forward and backward pass of all n images, and O(n^2 (d + classes))
+    for features of width d. Memory n d and chunk n.
     """
 
     eps: float = 8 / 255

@@ -25,6 +25,7 @@ from engram.stats.seeds import generator
 
 EPS, SIGMA = 0.3, 0.3  # of the moons
 NOISE = 0.2  # of the digits
+BELOW = 0.005  # accuracy that is lower by less counts as the same: under three of the 540 test rows
 CNN = {"name": "ConvNet", "widths": [16, 32]}
 RECIPE = Recipe(CNN, Optimizer(lr=1e-2, schedule="cosine"), epochs=15, batch_size=64)
 METHOD = BayesErrorNoise(eps=NOISE, steps=60, refresh=3, optimizer=Optimizer(lr=0.02), recipe=replace(RECIPE, epochs=8))
@@ -50,10 +51,12 @@ def claims(seeds: Iterable[int]) -> list[Claim]:
         Claim(
             "accuracy of clean and protected digits minus that of the clean ones",
             "-0.21 (CIFAR-10)",
-            (-1.0, 0.0),
+            (-1.0, -BELOW),
             together,
         ),
-        Claim("the same with error-minimising noise", "0.01 (CIFAR-10, best of those before)", (0.0, 1.0), minimising),
+        Claim(
+            "the same with error-minimising noise", "0.01 (CIFAR-10, best of those before)", (-BELOW, 1.0), minimising
+        ),
     ]
 
 
@@ -91,7 +94,7 @@ def _digits(seed: int) -> tuple[float, float, float, float]:
 def error_minimising(table: Table, seed: int, rounds: int = 6, steps: int = 20) -> Table:
     """Images that a network finds too easy to learn anything from, by turns with its training, an epoch each.
 
-    Huang et al.: Unlearnable Examples: Making Personal Data Unexploitable. ICLR 2021, arXiv 2101.04898; noise per image.
+    Huang et al.: Unlearnable Examples: Making Personal Data Unexploitable. ICLR 2021, arXiv 2101.04898.
     """
     labels = table.labels
     assert labels is not None

@@ -1,0 +1,145 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tests.keep.halves import SMALL, finals, halves, same
+from torch import Tensor
+
+from engram.core.learner import fork
+from engram.data.buffer import Buffer
+from engram.data.streams import class_stream
+from engram.data.table import Table
+from engram.data.task import Task
+from engram.engine.curvature import flat, mean_gradient
+from engram.engine.optimizer import Optimizer
+from engram.engine.run import Run
+from engram.keep.finetune import Finetune
+from engram.keep.gss import FIRST, GSS, SCORE
+from engram.testing import holds
+
+
+def unit_gradients(learner: Any, rows: Table) -> Tensor:
+    """The gradient of every row, one by one, of unit length: [n, P]."""
+    found = [flat(mean_gradient(learner.model.eval(), rows.take([row]))) for row in range(len(rows))]
+    return F.normalize(torch.stack(found), dim=1)
+
+
+def begun(table: Table, **settings: Any) -> GSS:
+    learner = GSS(network=SMALL["network"], **settings)
+    learner.learn(halves(table)[0])
+    return learner
+
+
+def test_scores_are_the_largest_cosines(tiny: Table) -> None:
+    learner = begun(tiny)
+    held = torch.stack([flat(mean_gradient(learner.model, tiny.take(part))) for part in ([0, 1], [5, 9], [20])])
+    wanted = (unit_gradients(learner, tiny) @ F.normalize(held, dim=1).T).amax(1)
+    assert torch.allclose(learner.scores(tiny, held, Run()), wanted, atol=1e-5)
+
+
+def test_rows_are_appended_while_there_is_room(tiny: Table) -> None:
+    learner, draws = GSS(network=SMALL["network"], epochs=0, buffer=15), torch.Generator().manual_seed(0)
+    learner.learn(halves(tiny)[0])
+    for part in (range(10), range(5, 20)):
+        learner.offer(tiny.take(part), draws, Run())
+    table = learner.kept.table
+    assert table.ids == tiny.take(range(15)).ids
+    scores = torch.as_tensor(table.extra[SCORE])
+    assert (scores[:10] == FIRST).all() and (scores[10:] != FIRST).all()
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_full_buffer_takes_only_batches_that_point_away(
+    tiny: Table, turned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learner, draws = begun(tiny, buffer=20), torch.Generator().manual_seed(0)
+    before = learner.kept.table.ids
+    fresh = tiny.without(before)
+    monkeypatch.setattr(learner, "_held_gradients", lambda *_: _opposite(learner, fresh, turned))
+    learner.offer(fresh, draws, Run())
+    assert len(learner.kept) == 20
+    assert (learner.kept.table.ids != before) == turned
+
+
+def _opposite(learner: GSS, rows: Table, turned: bool) -> Tensor:
+    gradient = flat(mean_gradient(learner.model.eval(), rows))
+    return (-gradient if turned else gradient)[None]
+
+
+def test_places_are_taken_with_the_published_chance(tiny: Table) -> None:
+    """All held rows but one are least alike and never drawn; a new row of score c takes its place."""
+    c, alike, taken, times = 0.5, 0.8, 0, 2000
+    for seed in range(times):
+        learner = GSS(buffer=5)
+        scores = torch.tensor([-0.2, -0.2, alike, -0.2, -0.2], dtype=torch.float64)
+        learner.kept.offer(tiny.take(range(5)).with_column(SCORE, scores))
+        new = tiny.take([30]).with_column(SCORE, torch.tensor([c], dtype=torch.float64))
+        learner._replace(new, torch.Generator().manual_seed(seed))
+        ids = set(learner.kept.table.ids)
+        assert ids >= set(tiny.take([0, 1, 3, 4]).ids) and len(ids) == 5
+        taken += tiny.ids[30] in ids
+    chance = (alike + 1) / ((c + 1) + (alike + 1))
+    assert abs(taken / times - chance) < 4 * (chance * (1 - chance) / times) ** 0.5
+
+
+def test_batches_alternate_with_draws_from_the_buffer(tiny: Table) -> None:
+    learner, run = begun(tiny, buffer=20, replayed=4, iterations=3), Run()
+    second = halves(tiny)[1]
+    sizes = [len(batch) for batch in learner.batches(second, 0, run)]
+    assert sizes == [10, 4] * 3 * 3
+    before = learner.kept.table.ids
+    list(learner.batches(second, 1, run))
+    assert learner.kept.table.ids == before  # rows are offered in the first epoch
+
+
+@holds("cl-in-neural-networks", 4)
+def test_gradients_of_the_buffer_are_more_spread_out_than_those_of_a_random_one(digits: Any) -> None:
+    learner, spread = _after_a_stream(digits.train, 60)
+    random = Buffer(60)
+    random.offer(digits.train)
+    found = [float((g @ g.T).sum()) for g in (unit_gradients(learner, t) for t in (learner.kept.table, random.table))]
+    print(found, spread)
+    assert found[0] < found[1]
+
+
+@holds("cl-in-neural-networks", 4)
+def test_of_an_unbalanced_stream_it_holds_more_of_the_few(digits: Any) -> None:
+    many, few = digits.train.of_classes((0,)), digits.train.of_classes((1,))
+    table = many.take(range(108)).concat(few.take(range(12)))
+    held, reservoir = 0, 0
+    for seed in range(4):
+        learner, _ = _after_a_stream(table, 30, seed)
+        random = Buffer(30, seed=seed)
+        random.offer(table)
+        held += len(learner.kept.table.of_classes((1,)))
+        reservoir += len(random.table.of_classes((1,)))
+    print(held, reservoir)
+    assert held > reservoir
+
+
+def _after_a_stream(table: Table, size: int, seed: int = 0) -> tuple[GSS, int]:
+    learner = GSS(network=SMALL["network"], buffer=size)
+    learner.learn(Task(table), Run(seed=seed))
+    return learner, len(learner.kept)
+
+
+def test_a_chosen_buffer_keeps_what_fine_tuning_loses(digits: Any, take: Callable[..., Any]) -> None:
+    stages = class_stream(digits.train, digits.test, base=2, increment=2)
+    online = Finetune(optimizer=Optimizer("sgd", lr=0.05, momentum=0.0), epochs=3, batch_size=10)
+    kept, lost = finals(take, stages, GSS(buffer=100, compared=5), online)
+    print(kept, lost)
+    assert kept > lost + 0.3
+
+
+def test_a_copy_goes_on_learning_the_same(tiny: Table) -> None:
+    learner = GSS.tiny()
+    first, second = halves(tiny)
+    learner.learn(first)
+    twin = fork(learner)
+    for each in (learner, twin):
+        each.learn(second)
+    assert same(learner, twin) and learner.kept.table.ids == twin.kept.table.ids  # type: ignore[attr-defined]
