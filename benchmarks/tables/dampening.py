@@ -9,11 +9,11 @@ from torch import nn
 
 from benchmarks.tables.common import arguments, backbone, images, page, said, write
 from engram.core.needs import Need
-from engram.core.request import Classes, Request
+from engram.core.request import Request
 from engram.data.table import Table
 from engram.engine.predict import hits
 from engram.engine.run import Run
-from engram.forget.ssd import SSD
+from engram.forget.ssd import KIND, SSD
 from engram.stats.intervals import proportion
 
 FIXED = (3.0, 4.0, 5.0, 6.0, 7.0)
@@ -71,25 +71,33 @@ def main() -> None:
 def _class(model: nn.Module, train: Table, halves: list[Table], c: int, run: Run) -> dict[str, Outcome]:
     """All forms on one class; what is computed is kept."""
     request = Request.of_classes(train, (c,))
-    forms = {**PUBLISHED, **{f"alpha {alpha:g}": replace(PER_ROW, alpha=alpha) for alpha in FIXED}}
-    forms |= {"auto": replace(PER_ROW, alpha="auto"), "auto, stored": replace(PER_ROW, alpha="auto")}
     outcomes = {}
-    for name, form in {"original": None, **forms}.items():
+    for name in ("original", *PUBLISHED, *(f"alpha {alpha:g}" for alpha in FIXED), "auto", "auto, stored"):
 
-        def make(name: str = name, form: SSD | None = form) -> list[list[float]]:
-            new = model if form is None else form.forget(model, _given(name, form, model, train, request, run), run)
+        def make(name: str = name) -> list[list[float]]:
+            new = _forgotten(name, model, train, request, run)
             return [_accuracies(new, half, c) for half in halves]
 
         outcomes[name] = Outcome(tuple(map(tuple, run.phase(f"{c} {name}", make))))  # type: ignore[arg-type]
     return outcomes
 
 
-def _given(name: str, form: SSD, model: nn.Module, train: Table, request: Request, run: Run) -> Request:
-    """The request with stored importances of all rows; retain rows for "auto" alone."""
+def _forgotten(name: str, model: nn.Module, train: Table, request: Request, run: Run) -> nn.Module:
+    """The model after one form; importances are computed once for all forms of a kind."""
+    if name == "original":
+        return model
+    form = PUBLISHED.get(name, PER_ROW)
     kind = name if name in PUBLISHED else "per row"
     stored = run.share(f"importance, {kind}", lambda: form.prepare(model, train))
-    only = request.but(at_hand={Need.STATISTICS: stored})
-    return only if name == "auto" else only.but(what=Classes(request.what.labels), retain=None)  # type: ignore[union-attr]
+    if name.startswith("auto"):
+        at_hand = request.but(at_hand={Need.STATISTICS: stored})
+        auto = replace(PER_ROW, alpha="auto")
+        return auto.forget(model, at_hand if name == "auto" else at_hand.but(retain=None), run)
+    assert request.forget is not None
+    gone = request.forget
+    of_forget = run.share(f"importance, {kind}, of {gone.digest}", lambda: form.prepare(model, gone))
+    alpha = float(name.removeprefix("alpha ")) if name.startswith("alpha") else form.alpha
+    return replace(form, alpha=alpha).dampened(model, of_forget[KIND], stored[KIND])
 
 
 def _accuracies(model: nn.Module, test: Table, c: int) -> list[float]:

@@ -128,7 +128,7 @@ def test_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_subset_without_a_class_or_without_rows_is_asked_all_the_same() -> None:
     table = classes(4)
     found = subset_outputs(SMALL, table, table, models=30, keep=0.15)
-    assert found.kept.any(1).all() and not (~found.kept).any(1).logical_not().any()
+    assert found.kept.any(1).all() and (found.kept.sum(1) < 3).any()
     assert found.outputs.shape == (30, 4, 3) and found.outputs.isfinite().all()
 
 

@@ -30,7 +30,7 @@ def unit_gradients(learner: Any, rows: Table) -> Tensor:
 
 def begun(table: Table, **settings: Any) -> GSS:
     learner = GSS(network=SMALL["network"], **settings)
-    learner.learn(halves(table)[0])
+    learner.learn(Task(table))
     return learner
 
 

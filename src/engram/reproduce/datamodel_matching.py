@@ -147,8 +147,8 @@ class Margins:
     """A small network: originals, retrained and unlearned ones, and the divergence of their margins row by row.
 
     Of the retain rows a prediction by fewer models says little: with 600 it is no nearer to retraining than doing
-    nothing. Oracle matching takes an oracle of its own for each model: with the mean of ten for all, the unlearned models
-    would all say the same, and less variously than retrained ones do.
+    nothing. Oracle matching takes an oracle of its own for each model: with the mean of ten for all, the unlearned
+    models would all say the same, and less variously than retrained ones do.
     """
 
     seed: int = 0
