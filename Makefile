@@ -40,7 +40,7 @@ test: develop
 
 # Kills, full disks and damaged files: docs/reliability.md
 test-faults: develop
-	$(BIN)/python -m pytest -m faults tests/faults $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m faults tests/faults $(ARGS)
 
 bench: develop
 	$(BIN)/python -m benchmarks $(ARGS)

@@ -109,9 +109,10 @@ def test_stored_statistics_give_the_same_weights(desk: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    "what", [("--classes", "three", "zero"), ("--where", "label == one"), ("--where", "p36 > 12"), ("--where", "id != x")]
+    "what",
+    [("--classes", "three", "zero"), ("--where", "label == one"), ("--where", "p36 > 12"), ("--where", "id != x")],
 )
-def test_rows_can_be_named_by_class_or_by_any_column(what: Sequence[str], desk: Path, tmp_path: Path) -> None:
+def test_rows_can_be_named_by_class_or_column(what: Sequence[str], desk: Path, tmp_path: Path) -> None:
     rows = pq.read_table(desk / "train.parquet").to_pandas()
     wanted = {
         "three": rows.label.isin(["three", "zero"]).sum(),

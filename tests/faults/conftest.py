@@ -113,7 +113,9 @@ class Lab:
     # `engram forget`
 
     def forget_words(self, out: Path, *more: str) -> list[str]:
-        words = f"forget --model {self.home}/model --data {self.home}/train.parquet --forget {self.home}/ids.txt --quiet"
+        words = (
+            f"forget --model {self.home}/model --data {self.home}/train.parquet --forget {self.home}/ids.txt --quiet"
+        )
         method = "--method GradientDifference --set epochs=3"
         return [*words.split(), *method.split(), "--out", str(out), "--ledger", f"{out}.sqlite", *more]
 

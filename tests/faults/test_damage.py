@@ -107,7 +107,11 @@ READERS: dict[str, tuple[str, Callable[[Path], Any], str]] = {
         "audit/audit.json audit/SHA256SUMS forgot/erasure.json forgot/model.safetensors",
     ),
     "an audit's report": ("audit", rendered(write_audit), "audit.json SHA256SUMS"),
-    "a run's report": ("run", rendered(write_report), "events.json config.yaml environment.json metrics.parquet SHA256SUMS"),
+    "a run's report": (
+        "run",
+        rendered(write_report),
+        "events.json config.yaml environment.json metrics.parquet SHA256SUMS",
+    ),
     "a certificate": (
         ".",
         lambda home: verify(home / "certificate.json", home / "desk.pub", home / "forgot"),
@@ -149,15 +153,16 @@ COMMANDS = {
     "model/config.json": "forget", "model/model.safetensors": "forget", "model/preprocessing.json": "forget",
     "statistics/statistics.json": "forget", "statistics/statistics.safetensors": "forget",
     "forgot.sqlite.key": "forget", "forgot.sqlite": "ledger where digit-3 --ledger @forgot.sqlite",
-    "learner/learner.json": "learner", "learner/traces.safetensors": "learner", "learner/model/model.safetensors": "learner",
-    "forgot/erasure.json": "issue", "audit/audit.json": "issue", "forgot/model.safetensors": "issue", "desk.key": "issue",
+    "learner/learner.json": "learner", "learner/traces.safetensors": "learner",
+    "learner/model/model.safetensors": "learner", "forgot/erasure.json": "issue", "audit/audit.json": "issue",
+    "forgot/model.safetensors": "issue", "desk.key": "issue",
     "certificate.json": "certificate verify @certificate.json --key @desk.pub --model @forgot",
     "desk.pub": "certificate verify @certificate.json --key @desk.pub --model @forgot",
     "run/events.json": "report @run", "run/config.yaml": "report @run", "run/environment.json": "report @run",
 }  # fmt: skip
 LONG = {
-    "forget": "forget --model @model --data {0}/train.parquet --forget {0}/ids.txt --method ssd --statistics @statistics "
-    "--quiet --ledger @forgot.sqlite --out @out",
+    "forget": "forget --model @model --data {0}/train.parquet --forget {0}/ids.txt --method ssd "
+    "--statistics @statistics --quiet --ledger @forgot.sqlite --out @out",
     "learner": "forget --model @learner --data {0}/train.parquet --forget {0}/ids.txt --quiet --out @out",
     "issue": "certificate issue --model @forgot --audit @audit --key @desk.key --out @out",
 }

@@ -55,7 +55,7 @@ class Consolidation(GradientLearner):
         return self.strength
 
     def start(self, task: Task, run: Run) -> None:
-        self.anchor = {name: p.detach().clone() for name, p in self.model.named_parameters()}
+        self.anchor = {name: p.detach().clone() for name, p in self.model.to(run.device).named_parameters()}
         self.pull = self.stiffness() if self.strength else {}
 
     def terms(self, batch: Batch, output: Output) -> Mean:

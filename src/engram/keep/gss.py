@@ -109,7 +109,8 @@ class GSS(GradientLearner):
         table = self.kept.table
         old, new = torch.as_tensor(table.extra[SCORE]), torch.as_tensor(rows.extra[SCORE])
         alike = (old - old.min()) / (old.max() - old.min() + 0.01)
-        places = torch.multinomial(alike + 1e-12, min(len(rows), len(old)), generator=draws)
+        chosen = min(len(rows), len(old))
+        places = torch.multinomial(alike + 1e-12, chosen, generator=draws)  # the least alike, where no other is left
         new = new[: len(places)]
         chance = (old[places] + 1) / ((new + 1) + (old[places] + 1)).clamp(min=1e-12)
         wins = torch.rand(len(places), generator=draws, dtype=torch.float64) < chance

@@ -88,6 +88,7 @@ class ICaRL(GradientLearner):
         return model
 
     def start(self, task: Task, run: Run) -> None:
+        self._quota(len(_live(self.model.head)))  # before work starts
         self.old = [c for c in self.known if c not in self.brought]
         self.teacher: RowCache | None = cached(self.model, task.train, "logits", run, "teacher") if self.old else None
 

@@ -1,11 +1,11 @@
 """Online elastic weight consolidation: one running Fisher diagonal holds parameters at where they were.
 
 Schwarz, Luketina, Czarnecki, Grabska-Barwinska, Teh, Pascanu, Hadsell: Progress & Compress: A scalable
-framework for continual learning. ICML 2018, arXiv 1805.06370, section 3.2; after Kirkpatrick and others:
+framework for continual learning. ICML 2018, arXiv 1805.06370 (online EWC); after Kirkpatrick and others:
 Overcoming catastrophic forgetting in neural networks. PNAS 2017, arXiv 1612.00796.
 
-1. After a task, with F its Fisher diagonal at the model that was reached: F* = gamma F* + F (eq. 10).
-2. While a task is learnt: its loss + strength / 2 * sum of gamma F* (theta - theta')² (eq. 9).
+1. After a task, with F its Fisher diagonal at the model that was reached: F* = gamma F* + F.
+2. While a task is learnt: its loss + strength / 2 * sum of gamma F* (theta - theta')².
 
 Mammoth has neither the half nor the gamma in the loss, and weighs the squared gradient of a row by the
 probability of its label.

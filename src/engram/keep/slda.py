@@ -4,7 +4,7 @@ Hayes, Kanan: Lifelong Machine Learning with Deep Streaming Linear Discriminant 
 arXiv 1909.01520.
 
 Kept are the sum of the features z of each class, their number, and the sum of all z zᵀ. From these follow the
-means mu and the covariance S within classes, and the head (eq. 3 and 4):
+means mu and the covariance S within classes, and the head:
 
     Lambda = ((1 - shrinkage) S + shrinkage I)⁻¹,  score of class c = mu_c Lambda z - mu_c Lambda mu_c / 2.
 
