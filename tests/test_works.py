@@ -22,6 +22,7 @@ from engram.engine.predict import accuracy
 from engram.engine.recipe import Recipe
 from engram.engine.run import Run
 from engram.forget import npo
+from engram.forget.blindspot import Blindspot
 from engram.forget.laf import LAF
 from engram.forget.ssd import SSD
 from engram.keep.acu import ACU
@@ -29,7 +30,7 @@ from engram.keep.fetril import FeTrIL
 from engram.keep.key_value import KeyValueBottleneck
 from engram.keep.nmc import NMC
 from engram.keep.rehearsal_free import RehearsalFree
-from engram.reproduce import are_we_truly_forgetting, datamodel_matching, laf
+from engram.reproduce import are_we_truly_forgetting, datamodel_matching, deep_regression_unlearning, laf
 from engram.reproduce.digits import curve
 from engram.stats import kmeans
 from engram.stats.moments import ClassMeans
@@ -150,6 +151,16 @@ def nearness_of_representations(weight: float, split: Split, monkeypatch: pytest
     return are_we_truly_forgetting.nearness_of_an_edited_head(0)
 
 
+def imitation_of_the_guide(weight: float, split: Split, monkeypatch: pytest.MonkeyPatch) -> float:
+    """W1 of the predictions to retrained models, as a share of the original's, with the forget rows' term so
+    weighted."""
+    original = Blindspot.imitation
+    monkeypatch.setattr(Blindspot, "imitation", lambda self, *given: weight * original(self, *given))
+    problem = deep_regression_unlearning.toy(0)
+    new = deep_regression_unlearning.blindspot().forget(problem.original, problem.request)
+    return problem.figures(new).apart / problem.figures(problem.original).apart
+
+
 def predicted_change(weight: float, split: Split, monkeypatch: pytest.MonkeyPatch) -> float:
     """Squared error of the logits that datamodels predict, as a share of doing nothing, with the change so weighted."""
     return datamodel_matching.prediction(0).error(weight)
@@ -162,6 +173,7 @@ OWN_TERMS: dict[str, tuple[Callable[[float, Split, pytest.MonkeyPatch], float], 
     "ssd": (dampening, (0.0, 0.25)),
     "laf": (unlearning_of_the_density, (0.0, 0.25)),
     "npo": (rejection, (0.0, 0.1)),
+    "deep-regression-unlearning": (imitation_of_the_guide, (0.0, 0.4)),
     "datamodel-matching": (predicted_change, (0.0, 1 / 3)),
     "rehearsal-free": (rehearsal_free, (0.35, 0.6)),
     "discrete-key-value-bottleneck": (nearness_to_keys, (0.7, 1.0)),

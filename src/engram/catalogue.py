@@ -570,6 +570,7 @@ PAPERS: tuple[Paper, ...] = (
         "forget",
         "regressors forget by imitating a network that saw only retained rows, or by fine-tuning on drawn targets",
         ("forget.Blindspot", "forget.GaussianFineTune"),
+        "works",
         holds=6,
     ),
     Paper(

@@ -19,7 +19,7 @@ from engram.engine.recipe import Recipe
 from engram.engine.run import Run
 from engram.errors import EngramError
 from engram.stats.seeds import derive
-from engram.testing import condition
+from engram.testing import condition, holds
 
 SETTINGS = {"lr": 5e-3, "epochs": 60, "batch_size": 40, "excess": 1.0, "repeats": 3}
 
@@ -34,6 +34,7 @@ def test_hidden_memory_comes_back_at_once(memorised: Subject, run: Run) -> None:
     assert ratio.protocol["batches for retrained models"] == pytest.approx(sum(time.reference) / 5, abs=0.01)
 
 
+@holds("deep-regression-unlearning", 6)
 def test_retraining_against_itself_is_one(retrained: Subject, run: Run) -> None:
     twin = copy.deepcopy(retrained.model)
     before = condition(retrained.model), condition(twin)
