@@ -285,8 +285,13 @@ def _globally(mean: Mean) -> Mean:
 
 
 def _summed(tensors: list[Tensor]) -> list[Tensor]:
-    """Sum tensors over the processes, in place."""
-    if dist.is_available() and dist.is_initialized():
-        for tensor in tensors:
-            dist.all_reduce(tensor)
+    """Sum tensors over the processes, in place; one message for all of a kind."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return tensors
+    for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
+        alike = [tensor for tensor in tensors if tensor.dtype == dtype]
+        together = torch.cat([tensor.detach().reshape(-1) for tensor in alike])
+        dist.all_reduce(together)
+        for tensor, total in zip(alike, together.split([tensor.numel() for tensor in alike]), strict=True):
+            tensor.detach().copy_(total.view_as(tensor))
     return tensors
