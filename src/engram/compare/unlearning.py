@@ -110,6 +110,7 @@ class Contest(Work):
 
     def __init__(self, plan: Comparison, out: str | Path, progress: Progress | None = None) -> None:
         super().__init__(plan, out, progress)
+        self._requests: dict[tuple[str, bool], Request] = {}
         if plan.test is None:
             self.train, self.test = train_test(read(plan.data, limit=plan.limit), 0.3)
         else:
@@ -182,8 +183,22 @@ class Contest(Work):
         name = f"oracles {kind} {'tuning' if tuning else 'reported'}"
         return run.phase(name, lambda: fit_many(self.recipe, self.train, [rows] * count, seeds, run))
 
+    def usual(self, kind: str, tuning: bool) -> dict[str, float]:
+        """The mean measures of the models that never saw the rows of a request; measured once."""
+
+        def measure() -> dict[str, float]:
+            found = [self.measures(oracle, self.request(kind, tuning)) for oracle in self.oracles(kind, tuning=tuning)]
+            return {name: float(np.nanmean([one[name] for one in found])) for name in found[0]}
+
+        return self._run().phase(f"measures {kind} {'tuning' if tuning else 'reported'}", measure)
+
     def request(self, kind: str, tuning: bool) -> Request:
         """The tuning request of a kind, or the one that is reported: another class, other rows."""
+        if (kind, tuning) not in self._requests:
+            self._requests[kind, tuning] = self._drawn(kind, tuning)
+        return self._requests[kind, tuning]
+
+    def _drawn(self, kind: str, tuning: bool) -> Request:
         table, draws = self.train, generator("request", kind, tuning)
         if kind == "random":
             count = max(10, round(self.plan.share * len(table)))
@@ -222,9 +237,7 @@ class Contest(Work):
         except (EngramError, RuntimeError, ValueError, ArithmeticError) as error:
             return {**row, "error": f"{type(error).__name__}: {error}".splitlines()[0], **dict.fromkeys(MEASURES)}
         seconds = time.process_time() - start
-        oracles = [self.measures(oracle, request) for oracle in self.oracles(cell.kind, tuning=cell.tuning)]
-        values = self.measures(new, request)
-        means = {name: float(np.nanmean([oracle[name] for oracle in oracles])) for name in values}
+        values, means = self.measures(new, request), self.usual(cell.kind, cell.tuning)
         gaps = [abs(values[name] - means[name]) for name in values if np.isfinite(values[name])]
         return {
             **row,
