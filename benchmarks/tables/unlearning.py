@@ -19,7 +19,8 @@ AUC of a membership attack by loss; 0 is as good as retraining, and the row of r
 equals. Mean ± half of the 95 % t interval over three seeds. Every method had at most five settings and 60 seconds for
 each kind of request, on a tuning request (another class, other rows); the chosen one was frozen. Cost: CPU seconds
 against retraining. Left out are the three methods that train tens or hundreds of models for a request (datamodel
-matching and direct, oracle matching) and the two that are for regressors. The order of `--method auto` follows this table."""
+matching and direct, oracle matching) and the two that are for regressors. The order of `--method auto` follows this
+table."""
 LEFT_OUT = (
     *("forget.DatamodelMatching", "forget.DatamodelDirect", "forget.OracleMatching"),
     *("forget.Blindspot", "forget.GaussianFineTune"),
