@@ -95,7 +95,7 @@ def test_the_candidates_are_said_before_work(desk: Path, tmp_path: Path, capsys:
     assert forget(desk, tmp_path / "new") == 0
     said = capsys.readouterr().out
     assert "forget.Retrain               lacks recipe" in said
-    assert "taken: forget.SSD, the first of the usual order" in said
+    assert "taken: forget.SCRUB, the first of the order that can be used" in said
 
 
 def test_stored_statistics_give_the_same_weights(desk: Path, tmp_path: Path) -> None:

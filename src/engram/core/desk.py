@@ -135,7 +135,7 @@ class Desk:
             made.check(self.request)
             return Choice(made, name_of(made), "as was asked for", ())
         have = self.request.have()
-        made = [forgetter for name in automatic() if _takes(forgetter := make(name), self.request)]
+        made = [forgetter for name in automatic(self.request) if _takes(forgetter := make(name), self.request)]
         if not made:
             raise EngramError("none of the usual methods takes a concept; name one with --method (engram methods)")
         lacks = [(name_of(m), "" if satisfied(m.needs, have) else f"lacks {lacking(m.needs, have)}") for m in made]
@@ -147,9 +147,8 @@ class Desk:
         if not fitting:
             listed = "; ".join(f"{name} {lack}" for name, lack in lacks[:3])
             raise EngramError(f"no forgetter can do with what is at hand: {listed}; see engram methods --have …")
-        return Choice(
-            fitting[0], name_of(fitting[0]), "the first of the usual order that can be used", tuple(lacks[:3])
-        )
+        why = "the first of the order that can be used"
+        return Choice(fitting[0], name_of(fitting[0]), why, tuple(lacks[:3]))
 
     def forget(
         self,

@@ -17,7 +17,7 @@ from engram.core.needs import Need, satisfied
 from engram.core.probe import Probe, Subject
 from engram.core.request import Classes, Records, Request
 from engram.core.settings import make
-from engram.data.table import Table
+from engram.data.table import Table, Target
 from engram.engine.recipe import Trainer
 from engram.engine.run import Run
 from engram.errors import EngramError
@@ -112,11 +112,13 @@ def request_for(
     return Request(Records(forget.ids), forget, retain, at_hand=at_hand)
 
 
-def automatic() -> tuple[str, ...]:
-    """The order in which "auto" asks which forgetter can be used: retraining first, then as ranked by gap to retrained
-    models where a comparison was made, else a usual order."""
-    ranked = json.loads(RANKING.read_text())["order"] if RANKING.exists() else USUAL
-    return ("forget.Retrain", *ranked)
+def automatic(request: Request) -> tuple[str, ...]:
+    """The order in which "auto" asks which forgetter can be used: retraining first, then as they were ranked by their
+    gap to retrained models, which was measured on classes; for other targets a usual order."""
+    table = request.forget if request.forget is not None else request.retain
+    if table is not None and table.target == Target.CLASSES and RANKING.exists():
+        return ("forget.Retrain", *json.loads(RANKING.read_text(encoding="utf-8"))["order"])
+    return ("forget.Retrain", *USUAL)
 
 
 def _chosen(method: str | Mapping[str, Any] | Forgetter, request: Request) -> Forgetter:
@@ -124,7 +126,7 @@ def _chosen(method: str | Mapping[str, Any] | Forgetter, request: Request) -> Fo
         return method
     if method != "auto":
         return make(method, wing="forget")
-    for name in automatic():
+    for name in automatic(request):
         forgetter: Forgetter = make(name)
         if satisfied(forgetter.needs, request.have()):
             return forgetter
