@@ -12,15 +12,16 @@ from benchmarks.tables.common import arguments, page, said, write
 from engram.compare.unlearning import KINDS, Comparison, Contest, summarise
 from engram.engine.progress import Terminal
 
-INTRO = """The first {rows:,} training and test rows of Fashion-MNIST, an MLP 784-128-10, Adam, 15 epochs. Three kinds
-of requests: 2 % of the rows at random, a class, and the larger of two clusters of a class. Gap: mean absolute difference
-to the mean of five models retrained without the rows, in accuracy on forget, retain and test rows and in the AUC of a
-membership attack by loss; 0 is as good as retraining, and the row of retraining shows what is left between equals,
-that of "nothing" what a request costs whoever does nothing about it. Mean ± half of the 95 % t interval over three
-seeds. Every method had at most five settings and 60 seconds for each kind of request, on a tuning request (another
-class, other rows); the chosen one was frozen. Cost: CPU seconds against retraining. Left out are the three methods
-that train tens or hundreds of models for a request (datamodel matching and direct, oracle matching) and the two that
-are for regressors. The order of `--method auto` follows this table."""
+INTRO = """The first {rows:,} training and test rows of Fashion-MNIST, an MLP 784-128-10, Adam, 15 epochs. Three kinds of
+requests: 2 % of the rows at random, a class, and the larger of two clusters of a class. Gap: mean absolute
+difference to the mean of five models retrained without the rows, in accuracy on forget, retain and test rows
+and in the AUC of a membership attack by loss; 0 is as good as retraining, and the row of retraining shows what
+is left between equals, that of "nothing" what a request costs whoever does nothing about it. Mean ± half of the
+95 % t interval over three seeds. Every method had at most five settings and 60 seconds for each kind of
+request, on a tuning request (another class, other rows); the chosen one was frozen. Cost: CPU seconds against
+retraining. Left out are the three methods that train tens or hundreds of models for a request (datamodel
+matching and direct, oracle matching) and the two that are for regressors. The order of `--method auto` follows
+this table."""
 LEFT_OUT = (
     *("forget.DatamodelMatching", "forget.DatamodelDirect", "forget.OracleMatching"),
     *("forget.Blindspot", "forget.GaussianFineTune"),
