@@ -12,8 +12,8 @@ from benchmarks.tables.common import arguments, page, said, write
 from engram.compare.unlearning import KINDS, Comparison, Contest, summarise
 from engram.engine.progress import Terminal
 
-INTRO = """The first {rows:,} training and test rows of Fashion-MNIST, an MLP 784-128-10, Adam, 15 epochs. Three kinds of
-requests: 2 % of the rows at random, a class, and the larger of two clusters of a class. Gap: mean absolute
+INTRO = """The first {rows:,} training and test rows of Fashion-MNIST, an MLP 784-128-10, Adam, 15 epochs. Three kinds
+of requests: 2 % of the rows at random, a class, and the larger of two clusters of a class. Gap: mean absolute
 difference to the mean of five models retrained without the rows, in accuracy on forget, retain and test rows
 and in the AUC of a membership attack by loss; 0 is as good as retraining, and the row of retraining shows what
 is left between equals, that of "nothing" what a request costs whoever does nothing about it. Mean ± half of the
