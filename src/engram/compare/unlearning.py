@@ -157,7 +157,9 @@ class Contest(Work):
         rows = [*trials, *self.all(reported, [chosen.get((c.method, c.kind), {}) for c in reported])]
         summary = summarise(rows)
         self.write(TABLE, rows, summary)
-        order = [entry["method"] for entry in summary["methods"] if entry["method"] not in CALIBRATION]
+        names = [entry["method"] for entry in summary["methods"]]
+        better = names[: names.index(NOTHING)] if NOTHING in names else names  # those that beat doing nothing
+        order = [name for name in better if name not in CALIBRATION]
         made = {"date": f"{datetime.now(UTC):%Y-%m-%d}", "data": self.plan.data, "order": order}
         write_atomic(self.out / RANKING, json.dumps(made, indent=1))
         return rows
