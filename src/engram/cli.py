@@ -65,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--device", help="cpu, cuda, …")
     run.add_argument("--precision", choices=("float32", "bfloat16"))
     run.add_argument("--show-content", action="store_true", help="show the forgotten records in the report")
+    commands_of_the_desk.ledger_place(run, needed=False)
     run.epilog = (
         "Any value of the config can be set: --key.sub=value, as in --learners.network.epochs=5 (lists: --events.1…)."
     )
@@ -91,6 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     learn.add_argument(
         "--learner", required=True, metavar="DIR", help="a learner's directory (DIR/models/NAME of a run)"
     )
+    commands_of_the_desk.ledger_place(learn, needed=False)
     predict = command("predict", _predict, "Predict the rows of a table with a saved model or learner.")
     predict.add_argument("--model", required=True, metavar="DIR")
     predict.add_argument("--batch-size", type=int, default=256)
@@ -118,6 +120,11 @@ def _run(given: argparse.Namespace, rest: list[str]) -> None:
     records = running.execute()
     page = write_report(out, show_content=given.show_content)
     running.finish()
+    ledger = commands_of_the_desk.opened(given)
+    if ledger is not None:
+        from engram.core.registered import register
+
+        register(running, records, ledger)
     if given.json:
         print(json.dumps({"directory": str(out), "report": str(page), "events": records}, indent=1))
         return
@@ -219,8 +226,9 @@ def _reproduce(given: argparse.Namespace, rest: list[str]) -> int:
 def _learn(given: argparse.Namespace, rest: list[str]) -> None:
     from engram.core.onward import learn_more
 
+    ledger = commands_of_the_desk.opened(given)
     learner, rows = learn_more(
-        given.learner, given.data, given.out, seed=given.seed, device=given.device, **_columns(given)
+        given.learner, given.data, given.out, seed=given.seed, device=given.device, ledger=ledger, **_columns(given)
     )
     text = {"learner": learner, "rows": rows, "directory": given.out}
     print(json.dumps(text) if given.json else f"{learner} took in {rows} rows; it stands in {given.out}")

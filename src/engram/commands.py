@@ -28,7 +28,7 @@ def add(command: Command) -> None:
     forget.add_argument("--recipe", metavar="FILE", help="how to train one more model (YAML), for methods that retrain")
     forget.add_argument("--statistics", metavar="DIR", help="what engram prepare stored")
     forget.add_argument("--reason", default="", help="free text for the ledger; it stays for ever: no names")
-    _ledger_place(forget, needed=False)
+    ledger_place(forget, needed=False)
 
     audit = command("audit", _audit, "Examine a model that was made to forget; the exit code tells the verdict.")
     audit.epilog = "Exit code: 0 pass, 1 fail, 3 unknown (2: the command was wrong)."
@@ -40,7 +40,7 @@ def add(command: Command) -> None:
     audit.add_argument("--recipe", metavar="FILE", help="trains such models instead (YAML)")
     audit.add_argument("--probes", nargs="+", metavar="PROBE", help="default: all that can be used of three")
     audit.add_argument("--out", required=True, metavar="DIR")
-    _ledger_place(audit, needed=False)
+    ledger_place(audit, needed=False)
 
     prepare = command("prepare", _prepare, "Store today what lets a model forget later, when the data are gone.")
     prepare.add_argument("--model", required=True, metavar="DIR")
@@ -48,7 +48,7 @@ def add(command: Command) -> None:
     prepare.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of the method")
     prepare.add_argument("--out", required=True, metavar="DIR")
     _rows(prepare)
-    _ledger_place(prepare, needed=False)
+    ledger_place(prepare, needed=False)
 
     protect = command("protect", _protect, "Write a copy of a table of images that is harder to learn from.")
     protect.add_argument("--method", default="bayes-error-noise")
@@ -63,7 +63,7 @@ def add(command: Command) -> None:
     certificate.add_argument("--audit", metavar="DIR", help="issue: what engram audit wrote")
     certificate.add_argument("--key", metavar="FILE", help="issue: the private key; verify: the public one")
     certificate.add_argument("--out", default="certificate.json", metavar="FILE", help="issue: the certificate")
-    _ledger_place(certificate, needed=False)
+    ledger_place(certificate, needed=False)
 
     ledger = command("ledger", _ledger, "The account of which records went where, and what became of them.")
     ledger.add_argument("what", choices=("show", "verify", "export", "where", "purge", "new-key"))
@@ -71,7 +71,7 @@ def add(command: Command) -> None:
     ledger.add_argument("--head", metavar="HASH", help="verify: the hash of an entry, known from elsewhere")
     ledger.add_argument("--models", action="store_true", help="purge: delete models and learners too")
     ledger.add_argument("--yes", action="store_true", help="purge: do not ask")
-    _ledger_place(ledger, needed=True)
+    ledger_place(ledger, needed=True)
 
     compare = command("compare", _compare, "Many methods under one protocol: a table of every trial, a leaderboard.")
     compare.add_argument("what", choices=("unlearning", "continual"))
@@ -109,7 +109,8 @@ def _rows(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu")
 
 
-def _ledger_place(parser: argparse.ArgumentParser, *, needed: bool) -> None:
+def ledger_place(parser: argparse.ArgumentParser, *, needed: bool) -> None:
+    """The arguments that name a ledger."""
     default = "ledger.sqlite" if needed else None
     parser.add_argument("--ledger", default=default, metavar="PLACE", help="a file, or a database's URL")
     parser.add_argument("--ledger-key", metavar="FILE", help="the key of its records (default: beside it)")
@@ -133,7 +134,7 @@ def _forget(given: argparse.Namespace, rest: list[str]) -> None:
     if not (given.quiet or given.json):
         print("\n".join(choice.lines()), flush=True)
     done = desk.forget(
-        choice, given.out, resume=given.resume, ledger=_opened(given), reason=given.reason, progress=_progress(given)
+        choice, given.out, resume=given.resume, ledger=opened(given), reason=given.reason, progress=_progress(given)
     )
     if given.json:
         print(json.dumps({"directory": given.out, **done}, indent=1))
@@ -162,7 +163,7 @@ def _audit(given: argparse.Namespace, rest: list[str]) -> int:
     )
     found = audit.examine(given.out, progress=_progress(given))
     page = write_audit(given.out)
-    ledger = _opened(given)
+    ledger = opened(given)
     if ledger is not None:
         held = ledger.holder_of(given.after)
         names = {finding["name"]: finding["verdict"] for finding in found["findings"]}
@@ -189,7 +190,7 @@ def _prepare(given: argparse.Namespace, rest: list[str]) -> None:
 
     method = _method(given.method, given.set)
     kinds, table = prepare(Path(given.model), given.data, method, given.out, _columns(given), given.seed, given.device)
-    ledger = _opened(given)
+    ledger = opened(given)
     if ledger is not None:
         ledger.add_holder("statistics", given.out, table.ids)
     print(json.dumps(kinds) if given.json else f"{', '.join(kinds)} of {len(table)} rows stand in {given.out}")
@@ -323,7 +324,7 @@ def _issue(given: argparse.Namespace) -> None:
     if Path(given.out).exists():
         raise EngramError(f"{given.out} exists; choose another --out")
     write_atomic(given.out, text)
-    ledger = _opened(given)
+    ledger = opened(given)
     if ledger is not None:
         import hashlib
 
@@ -426,7 +427,8 @@ def _columns(given: argparse.Namespace) -> dict[str, str]:
     return {key: value for key in COLUMNS if (value := getattr(given, key)) is not None}
 
 
-def _opened(given: argparse.Namespace) -> Any:
+def opened(given: argparse.Namespace) -> Any:
+    """The ledger that a command line names, verified; None if it names none."""
     if given.ledger is None:
         return None
     from engram.core.ledger import Ledger

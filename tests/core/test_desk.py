@@ -18,8 +18,9 @@ from engram.cli import main
 from engram.core.ledger import Ledger
 from engram.core.persist import save_learner
 from engram.core.stored import read_statistics
-from engram.data.readers import read_with
+from engram.data.readers import read, read_with, train_test
 from engram.data.task import Task
+from engram.engine.cache import FeatureCache
 from engram.engine.optimizer import Optimizer
 from engram.engine.recipe import Recipe
 from engram.keep.acu import ACU
@@ -262,3 +263,48 @@ def test_a_learner_is_loaded_and_erased_as_a_learner(desk: Path) -> None:
     fresh.learn(Task(table.without(gone.ids), None, 0, table.classes, table.names))
     found, wanted = (m.model.state_dict()["head.weight"] for m in (forgot, fresh))
     assert torch.allclose(found, wanted, rtol=1e-6, atol=1e-9)
+
+
+def test_a_run_and_what_goes_on_from_it_stand_in_the_ledger(tmp_path: Path) -> None:
+    events = [{"learn": 1}, {"forget": {"records": ["digit-0000"], "probes": []}}, {"learn": "all"}]
+    config = {
+        "data": {"source": "sklearn:digits", "limit": 120, "share": 0.2},
+        "stream": {"scenario": "class", "base": 5, "increment": 5},
+        "learners": {"exact": "keep.NMC", "net": {"name": "keep.Finetune", "epochs": 1}},
+        "forgetter": {"name": "forget.Finetune", "epochs": 1},
+        "events": events,
+    }
+    table = read("sklearn:digits", limit=120)
+    train, _ = train_test(table, 0.2)
+    gone = train.of_classes([0]).ids[0]
+    events[1]["forget"]["records"] = [gone]  # type: ignore[index]
+    (tmp_path / "c.yaml").write_text(json.dumps(config))
+    place = f"{tmp_path}/l.sqlite"
+    command = ["run", f"{tmp_path}/c.yaml", "--out", f"{tmp_path}/run", "--quiet", "--ledger", place]
+    assert main(command) == 0
+    book = Ledger(place)
+    assert main([*command, "--resume"]) == 0 and len(book.entries()) == len(Ledger(place).entries())
+    stands = {(h.what, Path(h.path).name, (h.forgotten or "").partition(",")[0]) for h in book.where(gone)}
+    assert stands == {  # the exact learner has not learnt it any more; the journal has both states
+        ("checkpoint", "journal", ""),
+        ("checkpoint", "journal", "forget.Finetune"),
+        ("learner", "net", "forget.Finetune"),
+    }
+    other = train.of_classes([7]).ids[0]
+    assert {Path(h.path).name for h in book.where(other)} == {"exact", "net"}
+    more = ["learn", "--learner", f"{tmp_path}/run/models/net", "--data", "sklearn:digits", "--out", f"{tmp_path}/more"]
+    assert main([*more, "--ledger", place, "--quiet"]) == 0
+    assert "more" in {Path(h.path).name for h in book.where(other)}
+    book.verify()
+
+
+def test_cached_features_stand_in_the_ledger(desk: Path, tmp_path: Path) -> None:
+    book = Ledger(tmp_path / "l.sqlite")
+    table, _ = read_with(desk / "train.parquet")
+    cache = FeatureCache(tmp_path / "cache", book)
+    for _ in range(2):
+        cache.features(load(desk / "model"), table)
+    [held] = book.where("digit-7")
+    assert held.what == "cache" and held.standing
+    book.purge("digit-7")
+    assert not Path(held.path).exists()

@@ -17,17 +17,25 @@ from engram.data.task import Task
 from engram.engine.predict import predict
 from engram.engine.run import Run
 from engram.errors import EngramError
-from engram.models.io import load
+from engram.models.io import digest, load
 
 PREPROCESSING = "preprocessing.json"
 
 
 def learn_more(
-    learner_directory: str | Path, source: str, out: str | Path, *, seed: int = 0, device: str = "cpu", **columns: Any
+    learner_directory: str | Path,
+    source: str,
+    out: str | Path,
+    *,
+    seed: int = 0,
+    device: str = "cpu",
+    ledger: Any = None,
+    **columns: Any,
 ) -> tuple[str, int]:
     """Let a saved learner take in a table as its next task, and write it to `out`: (its name, rows taken in).
 
-    The table is read as the learner's first one was. EngramError if there is no learner or the table does not fit.
+    The table is read as the learner's first one was. `ledger`: is told what the new learner has learnt, and from which
+    one it comes. EngramError if there is no learner or the table does not fit.
     """
     learner, tasks = load_learner(learner_directory)
     preprocessing = preprocessing_of(learner_directory)
@@ -40,6 +48,10 @@ def learn_more(
     learner.refresh()
     save_learner(learner, out, tasks=tasks + 1)
     used.save(out)
+    if ledger is not None:
+        before = ledger.holder_of(learner_directory)
+        parent = None if before is None else before.number
+        ledger.add_holder("learner", out, table.ids, weights=digest(learner.model), parent=parent)
     return name_of(learner), len(table)
 
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
@@ -26,8 +27,9 @@ class FeatureCache:
     contents: a change of any of them gives another file.
     """
 
-    def __init__(self, directory: str | Path) -> None:
-        self.directory = Path(directory)
+    def __init__(self, directory: str | Path, ledger: Any = None) -> None:
+        """`ledger`: is told which rows each new file holds."""
+        self.directory, self.ledger = Path(directory), ledger
 
     def features(self, model: nn.Module, table: Table, run: Run | None = None, batch_size: int = 256) -> Tensor:
         """What comes before the model's head, [n, d]; computed at most once. EngramError for a damaged file.
@@ -43,6 +45,8 @@ class FeatureCache:
                 raise EngramError(f"the cached features {path} cannot be read ({error}); delete the file") from error
         found = features(model, table, batch_size=batch_size, run=run)
         write_atomic(path, save({"features": found.contiguous()}, metadata={"ids": json.dumps(table.ids)}))
+        if self.ledger is not None:
+            self.ledger.add_holder("cache", path, table.ids)
         return found
 
     def holds(self, ids: Iterable[str]) -> Ids:
