@@ -12,8 +12,6 @@ from engram.core.learner import Learner
 from engram.core.settings import load_class
 from engram.testing import Check, Material, after_round_trip, check_round_trip, check_row, checks_of, digits
 
-KNOWN: dict[tuple[str, str], str] = {}  # (method, check) -> why it does not pass yet
-
 
 def _class(row: Method) -> Any:
     try:
@@ -29,13 +27,11 @@ LEARNERS = {name: method for name, method in TINY.items() if isinstance(method, 
 
 
 def _pairs() -> list[Any]:
-    found = []
-    for name, method in TINY.items():
-        for check in checks_of(method):
-            reason = KNOWN.get((name, check.__name__))
-            marks = [pytest.mark.xfail(strict=True, reason=reason)] if reason else []
-            found.append(pytest.param(name, check, id=f"{name}-{check.__name__}", marks=marks))
-    return found
+    return [
+        pytest.param(name, check, id=f"{name}-{check.__name__}")
+        for name, method in TINY.items()
+        for check in checks_of(method)
+    ]
 
 
 @pytest.fixture(scope="module")

@@ -251,9 +251,12 @@ def _learners(given: argparse.Namespace, shared: dict[str, Any]) -> Any:
 
 
 def _protect(given: argparse.Namespace, rest: list[str]) -> None:
+    import torch
+
     from engram.core.protector import Protector
     from engram.core.settings import make, name_of
     from engram.data.readers import read_with
+    from engram.data.writers import parquet
     from engram.engine.run import Run
     from engram.files import write_atomic
 
@@ -268,32 +271,13 @@ def _protect(given: argparse.Namespace, rest: list[str]) -> None:
     table, plan = read_with(given.data, **columns)
     found = method.protect(table, Run(seed=given.seed, device=given.device, progress=_progress(given)))
     names = {"id": columns.get("id", "id"), "label": plan.label[0], "image": plan.image or "image"}
-    write_atomic(given.out, _parquet(found, names))
-    moved = (_between_0_and_1(one.inputs["pixel_values"]) for one in (table, found))
-    change = float(next(moved).sub(next(moved)).abs().max())
+    write_atomic(given.out, parquet(found, **names))
+    before, after = (one.batch(torch.arange(len(one))).inputs["pixel_values"] for one in (table, found))
+    change = float((after.double() - before.double()).abs().max())
     told = {"method": name_of(method), "file": given.out, "rows": len(found), "largest_change": change}
     print(
         json.dumps(told) if given.json else f"{len(found)} rows, changed by at most {change:.4g}, stand in {given.out}"
     )
-
-
-def _between_0_and_1(pixels: Any) -> Any:
-    return pixels.double() if pixels.is_floating_point() else pixels.double() / 255
-
-
-def _parquet(table: Any, names: dict[str, str]) -> bytes:
-    """The bytes of a file that reads as the table: labels as numbers, class names beside them, images as tensors."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    pixels = pa.FixedShapeTensorArray.from_numpy_ndarray(table.inputs["pixel_values"].contiguous().numpy())
-    columns = {names["id"]: list(table.ids), names["image"]: pixels, names["label"]: table.labels.numpy()}
-    others = {key: value.numpy() if hasattr(value, "numpy") else list(value) for key, value in table.extra.items()}
-    classes = {"_type": "ClassLabel", "names": [table.names[c] for c in sorted(table.names)]}
-    about = json.dumps({"info": {"features": {names["label"]: classes}}})
-    sink = pa.BufferOutputStream()
-    pq.write_table(pa.table({**others, **columns}, metadata={"huggingface": about}), sink)
-    return sink.getvalue().to_pybytes()
 
 
 def _certificate(given: argparse.Namespace, rest: list[str]) -> None:

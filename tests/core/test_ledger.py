@@ -16,8 +16,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from engram.core.ledger import CHUNK, Ledger
+from engram.core.ledger import Ledger
 from engram.errors import EngramError
+from engram.stats.bits import CHUNK
 
 IDS = tuple(f"zebra-{k}" for k in range(40))
 
@@ -241,7 +242,7 @@ def _as_another_user(home: Path) -> Callable[..., None]:
         command = list(map(str, words))
         found = subprocess.run(command, capture_output=True, text=True, user=user, cwd=home, timeout=120)
         if found.returncode:
-            pytest.skip(f"PostgreSQL does not start here: {found.stderr.strip().splitlines()[-1:]}")
+            pytest.fail(f"PostgreSQL is installed and does not start: {found.stderr.strip().splitlines()[-1:]}")
 
     return run
 

@@ -311,7 +311,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Outcome | st
             process.kill()
             process.wait()
     assert codes == [0, 0], f"{logs[0].read_text()}\n{logs[1].read_text()}"
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 
 def both(two: list[dict[str, Outcome | str]], name: str) -> Outcome:

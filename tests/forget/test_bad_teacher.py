@@ -7,12 +7,13 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from tests.forget.digit_three import RECIPE, Split, scores
 from torch import Tensor, nn
 
 from engram.core.request import Request
 from engram.data.table import Table
 from engram.engine.optimizer import Optimizer
-from engram.engine.predict import accuracy, predict
+from engram.engine.predict import predict
 from engram.engine.recipe import Recipe
 from engram.engine.run import Run
 from engram.engine.teacher import untrained
@@ -23,25 +24,7 @@ from engram.forget.finetune import Finetune
 from engram.models.build import build
 from engram.stats.seeds import generator
 
-Split = tuple[Table, Table]
-RECIPE = Recipe({"name": "MLP", "hidden": [32]}, Optimizer(lr=3e-3), epochs=12)
 FAST = Optimizer(lr=1e-3)
-
-
-@pytest.fixture(scope="module")
-def model(split: Split) -> nn.Module:
-    return RECIPE(split[0], 0)
-
-
-@pytest.fixture(scope="module")
-def request_of_three(split: Split) -> Request:
-    return Request.of_classes(split[0], (3,))
-
-
-def scores(model: nn.Module, split: Split) -> tuple[float, float]:
-    """Test accuracy on the class that went, and on the others."""
-    gone = split[1].of_classes([3])
-    return accuracy(model, gone), accuracy(model, split[1].without(gone.ids))
 
 
 def started(method: BadTeacher, model: nn.Module, request: Request) -> tuple[Table, Tensor]:

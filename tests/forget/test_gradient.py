@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from tests.forget.digit_three import RECIPE, Split, scores
 from torch import Tensor, nn
 
 from engram.core.needs import Need
@@ -14,8 +15,6 @@ from engram.core.request import Request
 from engram.core.unlearning import usual_loss
 from engram.data.table import Table
 from engram.engine.optimizer import Optimizer
-from engram.engine.predict import accuracy
-from engram.engine.recipe import Recipe
 from engram.engine.run import Run
 from engram.errors import EngramError
 from engram.forget.finetune import Finetune
@@ -26,25 +25,12 @@ from engram.forget.retrain import Retrain
 from engram.stats.seeds import derive
 from engram.testing import holds
 
-Split = tuple[Table, Table]
-RECIPE = Recipe({"name": "MLP", "hidden": [32]}, Optimizer(lr=3e-3), epochs=12)
 FAST = Optimizer(lr=1e-3)
-
-
-@pytest.fixture(scope="module")
-def model(split: Split) -> nn.Module:
-    return RECIPE(split[0], 0)
 
 
 @pytest.fixture(scope="module")
 def request_of_three(split: Split) -> Request:
     return Request.of_classes(split[0], (3,), recipe=RECIPE)
-
-
-def scores(model: nn.Module, split: Split) -> tuple[float, float]:
-    """Test accuracy on the class that went, and on the others."""
-    gone = split[1].of_classes([3])
-    return accuracy(model, gone), accuracy(model, split[1].without(gone.ids))
 
 
 def test_retraining_is_the_recipe_on_the_rest(model: nn.Module, request_of_three: Request, split: Split) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.forget.digit_three import RECIPE, Split
 from torch import Tensor, nn
 
 from engram.core.request import Request
@@ -13,17 +14,13 @@ from engram.core.unlearning import usual_loss
 from engram.data.table import Table
 from engram.engine.curvature import flat, trainable
 from engram.engine.importance import importance
-from engram.engine.optimizer import Optimizer
 from engram.engine.predict import accuracy, predict
-from engram.engine.recipe import Recipe
 from engram.errors import EngramError
 from engram.forget.finetune import Finetune
 from engram.forget.influence import Influence
 from engram.models.output import Output
 from engram.stats.seeds import generator
 
-Split = tuple[Table, Table]
-RECIPE = Recipe({"name": "MLP", "hidden": [32]}, Optimizer(lr=3e-3), epochs=12)
 GONE = [str(row) for row in range(0, 60, 4)]
 
 
@@ -120,16 +117,6 @@ def test_strength_scales_the_step() -> None:
     )
     torch.testing.assert_close(half, 0.5 * one)
     assert torch.equal(none, torch.zeros_like(none))
-
-
-@pytest.fixture(scope="module")
-def model(split: Split) -> nn.Module:
-    return RECIPE(split[0], 0)
-
-
-@pytest.fixture(scope="module")
-def request_of_three(split: Split) -> Request:
-    return Request.of_classes(split[0], (3,))
 
 
 def pull(model: nn.Module, request: Request) -> Tensor:

@@ -6,44 +6,20 @@ import copy
 
 import pytest
 import torch
+from tests.forget.digit_three import RECIPE, Split, scores, weights
 from torch import Tensor, nn
 
 from engram.core.request import Request
 from engram.core.unlearning import usual_loss
-from engram.data.table import Table
 from engram.engine.optimizer import Optimizer
-from engram.engine.predict import accuracy
-from engram.engine.recipe import Recipe
 from engram.engine.run import Run
 from engram.errors import EngramError
 from engram.forget.amnesiac import Amnesiac
 from engram.forget.finetune import Finetune
 from engram.forget.salun import SalUn
 
-Split = tuple[Table, Table]
-RECIPE = Recipe({"name": "MLP", "hidden": [32]}, Optimizer(lr=3e-3), epochs=12)
 FAST = Optimizer(lr=1e-3)
 HEAVY = Optimizer("sgd", lr=0.05, momentum=0.9, weight_decay=0.1)
-
-
-@pytest.fixture(scope="module")
-def model(split: Split) -> nn.Module:
-    return RECIPE(split[0], 0)
-
-
-@pytest.fixture(scope="module")
-def request_of_three(split: Split) -> Request:
-    return Request.of_classes(split[0], (3,))
-
-
-def scores(model: nn.Module, split: Split) -> tuple[float, float]:
-    """Test accuracy on the class that went, and on the others."""
-    gone = split[1].of_classes([3])
-    return accuracy(model, gone), accuracy(model, split[1].without(gone.ids))
-
-
-def weights(model: nn.Module) -> Tensor:
-    return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
 def by_hand(model: nn.Module, request: Request, share: float) -> Tensor:

@@ -5,42 +5,25 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from tests.forget.digit_three import RECIPE, Split, scores
 from torch import nn
 
 from engram.core.request import Request
-from engram.data.table import Batch, Table
+from engram.data.table import Batch
 from engram.engine.optimizer import Optimizer
-from engram.engine.predict import accuracy, predict
+from engram.engine.predict import predict
 from engram.engine.recipe import Recipe
 from engram.engine.run import Run
 from engram.errors import EngramError
 from engram.forget.finetune import Finetune
 from engram.forget.scrub import SCRUB
 
-Split = tuple[Table, Table]
-RECIPE = Recipe({"name": "MLP", "hidden": [32]}, Optimizer(lr=3e-3), epochs=12)
 FAST = Optimizer(lr=3e-3)
-
-
-@pytest.fixture(scope="module")
-def model(split: Split) -> nn.Module:
-    return RECIPE(split[0], 0)
 
 
 @pytest.fixture(scope="module")
 def other(split: Split) -> nn.Module:
     return RECIPE(split[0], 7)
-
-
-@pytest.fixture(scope="module")
-def request_of_three(split: Split) -> Request:
-    return Request.of_classes(split[0], (3,))
-
-
-def scores(model: nn.Module, split: Split) -> tuple[float, float]:
-    """Test accuracy on the class that went, and on the others."""
-    gone = split[1].of_classes([3])
-    return accuracy(model, gone), accuracy(model, split[1].without(gone.ids))
 
 
 def test_without_max_steps_and_without_alpha_it_is_finetuning(model: nn.Module, request_of_three: Request) -> None:

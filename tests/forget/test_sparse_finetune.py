@@ -6,32 +6,19 @@ import copy
 
 import pytest
 import torch
+from tests.forget.digit_three import RECIPE, Split
 from torch import nn
 
 from engram.core.request import Request
 from engram.core.unlearning import usual_loss
-from engram.data.table import Table
 from engram.engine.optimizer import Optimizer
 from engram.engine.predict import accuracy, predict
-from engram.engine.recipe import Recipe
 from engram.engine.run import Run
 from engram.errors import EngramError
 from engram.forget.finetune import Finetune
 from engram.forget.sparse_finetune import SparseFinetune, l1
 
-Split = tuple[Table, Table]
-RECIPE = Recipe({"name": "MLP", "hidden": [32]}, Optimizer(lr=3e-3), epochs=12)
 SGD = Optimizer("sgd", lr=0.01)
-
-
-@pytest.fixture(scope="module")
-def model(split: Split) -> nn.Module:
-    return RECIPE(split[0], 0)
-
-
-@pytest.fixture(scope="module")
-def request_of_three(split: Split) -> Request:
-    return Request.of_classes(split[0], (3,))
 
 
 @pytest.mark.parametrize("optimizer", [SGD, Optimizer(lr=1e-3)], ids=["sgd", "adam"])

@@ -7,35 +7,19 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from tests.forget.digit_three import Split, weights
 from torch import Tensor, nn
 
 from engram.core.needs import Need
 from engram.core.request import Request
 from engram.data.table import Table
 from engram.engine.importance import importance
-from engram.engine.optimizer import Optimizer
 from engram.engine.predict import accuracy, predict
 from engram.engine.recipe import Recipe
 from engram.errors import EngramError
 from engram.forget.ssd import KIND, SSD
 from engram.reproduce.ssd import claims
 from engram.testing import holds
-
-Split = tuple[Table, Table]
-
-
-@pytest.fixture(scope="module")
-def model(split: Split) -> nn.Module:
-    return Recipe({"name": "MLP", "hidden": [32]}, Optimizer(lr=3e-3), epochs=12)(split[0], 0)
-
-
-@pytest.fixture(scope="module")
-def request_of_three(split: Split) -> Request:
-    return Request.of_classes(split[0], (3,))
-
-
-def weights(model: nn.Module) -> Tensor:
-    return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
 @holds("ssd", 1)

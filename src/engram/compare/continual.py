@@ -25,9 +25,7 @@ from engram.compare.work import FORMAT, Row, Work, spread
 from engram.core.learner import Learner
 from engram.core.settings import make
 from engram.data.buffer import Buffer
-from engram.data.readers import read, read_with, train_test
 from engram.data.streams import Stage, class_stream
-from engram.data.table import Target
 from engram.engine.predict import hits
 from engram.engine.progress import Progress
 from engram.engine.run import Run
@@ -103,13 +101,7 @@ class Contest(Work):
 
     def __init__(self, plan: Comparison, out: str | Path, progress: Progress | None = None) -> None:
         super().__init__(plan, out, progress)
-        if plan.test is None:
-            self.train, self.test = train_test(read(plan.data, limit=plan.limit), 0.3)
-        else:
-            self.train, preprocessing = read_with(plan.data, limit=plan.limit)
-            self.test = read(plan.test, preprocessing=preprocessing, limit=plan.limit)
-        if self.train.target != Target.CLASSES:
-            raise EngramError(f"{plan.data} has {self.train.target} for labels; learners are compared on classes")
+        self.train, self.test = self.rows("learners")
 
     def stream(self, seed: int) -> list[Stage]:
         """The tasks in the class order of a seed (a NumPy permutation, as PyCIL has it)."""
@@ -145,15 +137,9 @@ class Contest(Work):
         """The trials of a learner, or one course."""
         if not cell.tuning:
             return [self._measured(cell, setting)]
-        rows: list[Row] = []
-        start = time.perf_counter()
-        for trial in trials(cell.learner)[: self.plan.trials]:
-            if rows and time.perf_counter() - start > self.plan.budget:
-                break
-            rows.append(self._measured(cell, trial))
-        best = max(rows, key=lambda row: -np.inf if row["error"] else row["incremental accuracy"])
-        best["chosen"] = not best["error"]
-        return rows
+        return self.search(
+            trials(cell.learner), lambda trial: self._measured(cell, trial), lambda row: row["incremental accuracy"]
+        )
 
     def _measured(self, cell: Cell, setting: Mapping[str, Any]) -> Row:
         row: Row = {**asdict(cell), "setting": dict(setting), "chosen": False, "error": ""}

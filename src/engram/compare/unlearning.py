@@ -30,8 +30,7 @@ from engram.core.forgetter import Forgetter
 from engram.core.needs import Need, satisfied
 from engram.core.request import Request
 from engram.core.settings import make
-from engram.data.readers import read, read_with, train_test
-from engram.data.table import Table, Target
+from engram.data.table import Table
 from engram.engine.many import fit_many
 from engram.engine.optimizer import Optimizer
 from engram.engine.predict import accuracy, predict
@@ -113,13 +112,7 @@ class Contest(Work):
     def __init__(self, plan: Comparison, out: str | Path, progress: Progress | None = None) -> None:
         super().__init__(plan, out, progress)
         self._requests: dict[tuple[str, bool], Request] = {}
-        if plan.test is None:
-            self.train, self.test = train_test(read(plan.data, limit=plan.limit), 0.3)
-        else:
-            self.train, preprocessing = read_with(plan.data, limit=plan.limit)
-            self.test = read(plan.test, preprocessing=preprocessing, limit=plan.limit)
-        if self.train.target != Target.CLASSES:
-            raise EngramError(f"{plan.data} has {self.train.target} for labels; forgetters are compared on classes")
+        self.train, self.test = self.rows("forgetters")
         self.recipe = Recipe(plan.network, plan.optimizer, plan.epochs, classes=self.train.classes)
 
     def cells(self) -> tuple[list[Cell], list[Cell]]:
@@ -216,18 +209,9 @@ class Contest(Work):
 
     def do(self, cell: Cell, setting: Mapping[str, Any]) -> list[Row]:
         """The trials of a method, or one measurement."""
-        return self._tuned(cell) if cell.tuning else [self._measured(cell, setting)]
-
-    def _tuned(self, cell: Cell) -> list[Row]:
-        rows: list[Row] = []
-        start = time.perf_counter()
-        for setting in spaces(cell.method)[: self.plan.trials]:
-            if rows and time.perf_counter() - start > self.plan.budget:
-                break
-            rows.append(self._measured(cell, setting))
-        best = min(rows, key=lambda row: row["gap"] if row["error"] == "" else np.inf)
-        best["chosen"] = best["error"] == ""
-        return rows
+        if not cell.tuning:
+            return [self._measured(cell, setting)]
+        return self.search(spaces(cell.method), lambda trial: self._measured(cell, trial), lambda row: -row["gap"])
 
     def _measured(self, cell: Cell, setting: Mapping[str, Any]) -> Row:
         request = self.request(cell.kind, cell.tuning).but(at_hand={Need.RECIPE: self.recipe})

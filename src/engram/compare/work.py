@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -11,6 +12,8 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 import torch
 
+from engram.data.readers import read, read_with, train_test
+from engram.data.table import Table, Target
 from engram.engine.progress import Progress
 from engram.errors import EngramError
 from engram.files import write_atomic
@@ -39,6 +42,37 @@ class Work:
 
     def __init__(self, plan: Any, out: str | Path, progress: Progress | None = None) -> None:
         self.plan, self.out, self.progress = plan, Path(out), progress
+
+    def rows(self, what: str) -> tuple[Table, Table]:
+        """Training and test rows as the plan says (`data`, `test`, `limit`). EngramError without classes: `what` are
+        compared on them."""
+        plan = self.plan
+        if plan.test is None:
+            train, test = train_test(read(plan.data, limit=plan.limit), 0.3)
+        else:
+            train, preprocessing = read_with(plan.data, limit=plan.limit)
+            test = read(plan.test, preprocessing=preprocessing, limit=plan.limit)
+        if train.target != Target.CLASSES:
+            raise EngramError(f"{plan.data} has {train.target} for labels; {what} are compared on classes")
+        return train, test
+
+    def search(
+        self,
+        settings: Sequence[Mapping[str, Any]],
+        measure: Callable[[Mapping[str, Any]], Row],
+        score: Callable[[Row], float],
+    ) -> list[Row]:
+        """The rows of as many trials as the plan's `trials` and `budget` allow, at least one; the one with the highest
+        score is chosen, if it did not fail."""
+        found: list[Row] = []
+        start = time.perf_counter()
+        for setting in settings[: self.plan.trials]:
+            if found and time.perf_counter() - start > self.plan.budget:
+                break
+            found.append(measure(setting))
+        best = max(found, key=lambda row: -np.inf if row["error"] else score(row))
+        best["chosen"] = not best["error"]
+        return found
 
     def do(self, cell: Any, setting: Mapping[str, Any]) -> list[Row]:
         """The rows of a cell."""

@@ -60,6 +60,7 @@ class Audit:
             self.columns,
             recipe=self.recipe,
             ignore_missing=self.ignore_missing,
+            device=self.device,
             seed=self.seed,
         )
         after = model_in(self.after)
@@ -124,11 +125,8 @@ def predicate(model: str | Path, audit: str | Path | None) -> dict[str, Any]:
     account = account_of(Path(model))
     if not account:
         raise EngramError(f"{model} has no {ACCOUNT}: only what engram forget wrote can be certified")
-    said = (
-        "The weights still hold what was forgotten: a guard around them hides it." if account["weights_hold_it"] else ""
-    )
     stated = {
-        "claim": " ".join(filter(None, (_CLAIMS[account["exact"]], said))),
+        "claim": _GUARDED if account["weights_hold_it"] else _CLAIMS[account["exact"]],
         **{key: account[key] for key in ("request", "method", "needed", "exact", "weights_hold_it", "residue")},
         "before": account["before"],
         "after": io.digest(model_in(Path(model))),
@@ -150,7 +148,10 @@ _CLAIMS = {
     True: "The method is exact: its result is that of never having learnt the records, up to the rounding it states.",
     False: "The method is approximate: nothing is claimed beyond the findings of the audit.",
 }
-_GUARDED = "The weights still hold what was forgotten; a guard around them hides it."
+_GUARDED = (
+    "The weights still hold what was forgotten; a guard around them hides it. "
+    "Nothing is claimed beyond the findings of the audit."
+)
 
 
 def _count(table: Table | None) -> int:

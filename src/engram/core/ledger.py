@@ -26,6 +26,7 @@ from typing import Any
 
 from engram.errors import EngramError
 from engram.files import write_atomic
+from engram.stats import bits
 
 try:
     import sqlalchemy as sa
@@ -33,7 +34,6 @@ except ImportError as error:  # pragma: no cover
     raise EngramError("the ledger needs SQLAlchemy: pip install 'engram[service]'") from error
 
 SCHEMA = 1
-CHUNK = 8192  # records in one piece of a membership
 KEY_BYTES = 16  # of a record's keyed hash
 HOLDERS = ("model", "learner", "cache", "checkpoint", "shadow", "statistics")
 START = "0" * 64  # what stands before the first entry
@@ -205,8 +205,8 @@ class Ledger:
             if number is None:
                 return []
             query = sa.select(_membership.c.entry, _membership.c.role, _membership.c.bits)
-            rows = db.execute(query.where(_membership.c.chunk == number // CHUNK))
-            held = {(entry, role) for entry, role, bits in rows if _has(bits, number)}
+            rows = db.execute(query.where(_membership.c.chunk == number // bits.CHUNK))
+            held = {(entry, role) for entry, role, piece in rows if bits.has(piece, number)}
             holders = sorted(entry for entry, role in held if role == LEARNT)
             gone = self._gone(db)
             return [self._holding(db, entry, held, gone) for entry in holders]
@@ -314,16 +314,16 @@ class Ledger:
         self, db: sa.Connection, kind: str, body: dict[str, Any], members: Mapping[str, set[int]] | None = None
     ) -> Entry:
         number = int(self._value(db, "count") or 0) + 1
-        pieces = {role: _pieces(numbers) for role, numbers in (members or {}).items() if numbers}
+        pieces = {role: bits.pieces(numbers) for role, numbers in (members or {}).items() if numbers}
         if members is not None:
-            body = {**body, "members": {role: _digest(found) for role, found in pieces.items()}}
+            body = {**body, "members": {role: bits.digest(found) for role, found in pieces.items()}}
         previous, time = str(self._value(db, "head")), datetime.now(UTC).isoformat(timespec="seconds")
         entry = Entry(number, time, kind, body, previous, _hash(number, time, kind, body, previous))
         db.execute(_entry.insert().values({**vars(entry), "body": _plain(body)}))
         rows = [
-            {"chunk": chunk, "entry": number, "role": role, "bits": bits}
+            {"chunk": chunk, "entry": number, "role": role, "bits": piece}
             for role, found in pieces.items()
-            for chunk, bits in found.items()
+            for chunk, piece in found.items()
         ]
         if rows:
             db.execute(_membership.insert(), rows)
@@ -367,14 +367,7 @@ class Ledger:
     def _members(self, db: sa.Connection, entry: int, role: str) -> set[int]:
         query = sa.select(_membership.c.chunk, _membership.c.bits)
         rows = db.execute(query.where(_membership.c.entry == entry, _membership.c.role == role))
-        return {
-            chunk * CHUNK + 8 * place + bit
-            for chunk, bits in rows
-            for place, byte in enumerate(bits)
-            if byte
-            for bit in range(8)
-            if byte >> bit & 1
-        }
+        return bits.numbers({chunk: _bytes(piece) for chunk, piece in rows})
 
     def _verify(self, entry: Entry, expected: int, previous: str) -> None:
         if entry.number != expected:
@@ -391,9 +384,9 @@ class Ledger:
         query = sa.select(_membership.c.role, _membership.c.chunk, _membership.c.bits)
         pieces: dict[str, dict[int, bytes]] = {}
         with self._reading() as db:
-            for role, chunk, bits in db.execute(query.where(_membership.c.entry == entry.number)):
-                pieces.setdefault(role, {})[chunk] = _bytes(bits)
-        if {role: _digest(found) for role, found in pieces.items()} != entry.body["members"]:
+            for role, chunk, piece in db.execute(query.where(_membership.c.entry == entry.number)):
+                pieces.setdefault(role, {})[chunk] = _bytes(piece)
+        if {role: bits.digest(found) for role, found in pieces.items()} != entry.body["members"]:
             raise EngramError(f"the records of entry {entry.number} of the ledger were changed")
 
     def _verify_records(self, db: sa.Connection, entries: Iterable[Entry]) -> None:
@@ -478,34 +471,11 @@ def _as_entry(row: Any) -> Entry:
     return Entry(row.number, row.time, row.kind, body, row.previous, row.hash)
 
 
-def _has(bits: bytes, number: int) -> bool:
-    place, bit = divmod(number % CHUNK, 8)
-    return len(bits) > place and bool(bits[place] >> bit & 1)
-
-
 def _bytes(value: Any) -> bytes:
     """Bytes as a database hands them over."""
     if isinstance(value, bytes | memoryview):
         return bytes(value)
     raise TypeError(f"{type(value).__name__} in the place of bytes")
-
-
-def _pieces(numbers: set[int]) -> dict[int, bytes]:
-    """Bits by chunk."""
-    found: dict[int, bytearray] = {}
-    for number in numbers:
-        chunk, rest = divmod(number, CHUNK)
-        if chunk not in found:
-            found[chunk] = bytearray(CHUNK // 8)
-        found[chunk][rest >> 3] |= 1 << (rest & 7)
-    return {chunk: bytes(bits).rstrip(b"\0") for chunk, bits in sorted(found.items())}
-
-
-def _digest(pieces: Mapping[int, bytes]) -> str:
-    total = hashlib.sha256()
-    for chunk, bits in sorted(pieces.items()):
-        total.update(f"{chunk} {len(bits)} ".encode() + bits)
-    return total.hexdigest()
 
 
 def _delete(path: Path) -> None:
