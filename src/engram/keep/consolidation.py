@@ -64,9 +64,7 @@ class Consolidation(GradientLearner):
 
     def penalty(self) -> Tensor:
         """The term, []."""
-        parameters = dict(self.model.named_parameters())
-        parts = [(k * (parameters[name] - self.anchor[name]).square()).sum() for name, k in self.pull.items()]
-        return torch.stack(parts).sum()
+        return pulled(self.model, self.anchor, self.pull)
 
     def stiffness(self) -> dict[str, Tensor]:
         """What the square of each parameter's movement costs; none before the first task has ended."""
@@ -74,7 +72,7 @@ class Consolidation(GradientLearner):
         for name, p in self.model.named_parameters():
             if name in self.importances.values and (self.holds_head or not name.startswith("head.")):
                 weight = self.factor * padded(self.importances.values[name].to(p.device), p.shape)
-                found[name] = (weight * self._known_rows(name, p)).to(p.dtype)
+                found[name] = (weight * known_rows(self.model, self.known, name, p)).to(p.dtype)
         return found
 
     def consolidate(self, found: Mapping[str, Tensor], ids: Iterable[str], keep: float = 1.0) -> None:
@@ -86,13 +84,21 @@ class Consolidation(GradientLearner):
         }
         self.importances.add(ids)
 
-    def _known_rows(self, name: str, p: nn.Parameter) -> Tensor:
-        """1, or 0 in the head's rows of classes that were not known; to be multiplied with the parameter's weights."""
-        head = getattr(self.model, "head", None)
-        if not (isinstance(head, Head) and name.startswith("head.")):
-            return torch.ones((), device=p.device)
-        known = torch.isin(head.classes, torch.tensor(self.known, dtype=torch.long, device=head.classes.device))
-        return known.view(-1, *[1] * (p.ndim - 1)).to(p.device)
+
+def pulled(model: nn.Module, anchor: Mapping[str, Tensor], pull: Mapping[str, Tensor]) -> Tensor:
+    """Sum over parameters of pull (theta - anchor)², []."""
+    parameters = dict(model.named_parameters())
+    parts = [(weight * (parameters[name] - anchor[name]).square()).sum() for name, weight in pull.items()]
+    return torch.stack(parts).sum()
+
+
+def known_rows(model: nn.Module, known: Iterable[int], name: str, p: Tensor) -> Tensor:
+    """1, or 0 in the head's rows of classes that were not known; to be multiplied with the weights of parameter p."""
+    head = getattr(model, "head", None)
+    if not (isinstance(head, Head) and name.startswith("head.")):
+        return torch.ones((), device=p.device)
+    there = torch.isin(head.classes, torch.tensor(tuple(known), dtype=torch.long, device=head.classes.device))
+    return there.view(-1, *[1] * (p.ndim - 1)).to(p.device)
 
 
 def padded(value: Tensor, shape: torch.Size) -> Tensor:

@@ -40,7 +40,7 @@ from engram.engine.optimizer import Optimizer
 from engram.engine.run import Run
 from engram.engine.teacher import RowCache, cached
 from engram.errors import unknown
-from engram.models.head import Head
+from engram.keep.consolidation import known_rows, padded, pulled
 from engram.models.output import Output
 
 HEADS = ("bce", "softmax")
@@ -100,7 +100,7 @@ class RehearsalFree(GradientLearner):
         begun = bool(self.known) or self.pretrained
         self.logits = self._teacher("logits", task, run) if self.old else None
         self.features = self._teacher("pooler_output", task, run) if self.feature and begun else None
-        self.anchor = {name: p.detach().clone() for name, p in self.model.named_parameters()}
+        self.anchor = {name: p.detach().clone() for name, p in self.model.to(run.device).named_parameters()}
         self.strength = self._strength() if begun else {}
         self._free(self.trains)
 
@@ -138,18 +138,14 @@ class RehearsalFree(GradientLearner):
 
     def penalty(self) -> Tensor:
         """L2 and EWC in one: the sum over parameters of (l2 + ewc F) (theta - theta')², []."""
-        parameters = dict(self.model.named_parameters())
-        parts = [
-            (weight * (parameters[name] - self.anchor[name]).square()).sum() for name, weight in self.strength.items()
-        ]
-        return torch.stack(parts).sum()
+        return pulled(self.model, self.anchor, self.strength)
 
     def end(self, task: Task, run: Run) -> None:
         if self.ewc:
             found = importance(self.model, task.train, labels=self.fisher, run=run)
             kept = self.importances.values if self.online else {}
             self.importances.values = {
-                name: value + _padded(kept[name], value.shape) if name in kept else value
+                name: value + padded(kept[name], value.shape) if name in kept else value
                 for name, value in found.items()
             }
             self.importances.add(task.train.ids)
@@ -164,8 +160,8 @@ class RehearsalFree(GradientLearner):
         for name, parameter in self.model.named_parameters() if self.l2 or self.ewc else ():
             if self._covered(name):
                 fisher = self.importances.values.get(name, torch.zeros_like(parameter))
-                weight = self.l2 + self.ewc * _padded(fisher.to(parameter.device), parameter.shape)
-                weights[name] = (weight * self._held(name, weight)).to(parameter.dtype)
+                weight = self.l2 + self.ewc * padded(fisher.to(parameter.device), parameter.shape)
+                weights[name] = (weight * known_rows(self.model, self.known, name, weight)).to(parameter.dtype)
         return weights
 
     def _covered(self, name: str) -> bool:
@@ -173,22 +169,7 @@ class RehearsalFree(GradientLearner):
             return not name.startswith("head.")
         return self.covers == "all" or re.search(self.covers, name) is not None
 
-    def _held(self, name: str, weight: Tensor) -> Tensor:
-        """1 where a parameter is held; 0 in the head's rows of classes that were not known."""
-        head = getattr(self.model, "head", None)
-        if not (isinstance(head, Head) and name.startswith("head.")):
-            return torch.ones_like(weight)
-        known = torch.isin(head.classes, torch.tensor(self.known, dtype=torch.long, device=weight.device))
-        return known.view(-1, *[1] * (weight.ndim - 1)).to(weight)
-
     def _free(self, pattern: str) -> None:
         """Let the head learn and the parameters that the pattern names; "" names all."""
         for name, parameter in self.model.named_parameters() if self.trains else ():
             parameter.requires_grad_(name.startswith("head.") or re.search(pattern, name) is not None)
-
-
-def _padded(value: Tensor, shape: torch.Size) -> Tensor:
-    """The tensor with zeros behind it, as a head has them that has grown since; float64."""
-    new = torch.zeros(shape, dtype=torch.float64, device=value.device)
-    new[tuple(slice(n) for n in value.shape)] = value.double()
-    return new
