@@ -117,3 +117,10 @@ def test_a_learner_goes_on_and_predicts(done: Path, capsys: pytest.CaptureFixtur
     assert main(words) == 2  # it holds most of these rows already
     assert "was learnt before" in capsys.readouterr().err
     assert not (tmp_path / "more").exists()
+
+
+def test_methods_says_so_when_nothing_is_possible(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["methods", "--wing", "forget", "--have", "model,forget-rows"]) == 0
+    assert "no method of this wing can do with forget-rows, model" in capsys.readouterr().out
+    assert main(["methods", "--wing", "forget", "--have", "forget-rows,forget-labels"]) == 0
+    assert "forget.GradientAscent" in capsys.readouterr().out

@@ -171,6 +171,10 @@ def _methods(given: argparse.Namespace, rest: list[str]) -> None:
     if given.json:
         print(json.dumps([_option(option, have) for option in options if have is None or option.usable], indent=1))
         return
+    if have is not None and not any(option.usable for option in options):
+        print(
+            f"no method of this wing can do with {', '.join(sorted(have)) or 'nothing'}; without --have all are listed"
+        )
     for option in options:
         if have is None or option.usable:
             needs = " or ".join(" + ".join(sorted(n)) or "nothing special" for n in option.method.needs)
