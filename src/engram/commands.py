@@ -145,7 +145,7 @@ def _forget(given: argparse.Namespace, rest: list[str]) -> None:
 
 def _audit(given: argparse.Namespace, rest: list[str]) -> int:
     from engram.core.examination import Audit
-    from engram.report.page import write_audit
+    from engram.report.page import REPORT, write_audit
 
     audit = Audit(
         Path(given.before),
@@ -161,17 +161,21 @@ def _audit(given: argparse.Namespace, rest: list[str]) -> int:
         device=given.device,
         seed=given.seed,
     )
-    found = audit.examine(given.out, progress=_progress(given))
-    page = write_audit(given.out)
     ledger = opened(given)
-    if ledger is not None:
-        held = ledger.holder_of(given.after)
-        names = {finding["name"]: finding["verdict"] for finding in found["findings"]}
-        ledger.add("findings", {"holder": held and held.number, "verdict": found["verdict"], "findings": names})
+
+    def finish(folder: Path, found: dict[str, Any]) -> None:
+        """The page, and the ledger's entry, before the audit stands there: a kill leaves nothing out."""
+        write_audit(folder)
+        if ledger is not None:
+            held = ledger.holder_of(given.after, found["after"])
+            names = {finding["name"]: finding["verdict"] for finding in found["findings"]}
+            ledger.add("findings", {"holder": held and held.number, "verdict": found["verdict"], "findings": names})
+
+    found = audit.examine(given.out, _progress(given), finish)
     if given.json:
         print(json.dumps(found, indent=1))
     else:
-        print(_findings(found) + f"\nverdict: {found['verdict']}\nreport: {page}")
+        print(_findings(found) + f"\nverdict: {found['verdict']}\nreport: {Path(given.out) / REPORT}")
     return EXITS[found["verdict"]]
 
 
@@ -189,10 +193,8 @@ def _prepare(given: argparse.Namespace, rest: list[str]) -> None:
     from engram.core.desk import prepare
 
     method = _method(given.method, given.set)
-    kinds, table = prepare(Path(given.model), given.data, method, given.out, _columns(given), given.seed, given.device)
-    ledger = opened(given)
-    if ledger is not None:
-        ledger.add_holder("statistics", given.out, table.ids)
+    where = (given.seed, given.device, opened(given))
+    kinds, table = prepare(Path(given.model), given.data, method, given.out, _columns(given), *where)
     print(json.dumps(kinds) if given.json else f"{', '.join(kinds)} of {len(table)} rows stand in {given.out}")
 
 
@@ -304,17 +306,18 @@ def _issue(given: argparse.Namespace) -> None:
     from engram.files import write_atomic
 
     model, key = _needed(given.model, "--model"), _needed(given.key, "--key")
-    text = certificate.issue(model, predicate(model, given.audit), key)
+    stated = predicate(model, given.audit)
+    text = certificate.issue(model, stated, key)
     if Path(given.out).exists():
         raise EngramError(f"{given.out} exists; choose another --out")
-    write_atomic(given.out, text)
     ledger = opened(given)
-    if ledger is not None:
+    if ledger is not None:  # before the file: a kill between the two leaves no certificate that nobody noted
         import hashlib
 
-        held = ledger.holder_of(model)
+        held = ledger.holder_of(model, stated["after"])
         digest = hashlib.sha256(text.encode()).hexdigest()
         ledger.add("certificate", {"holder": held and held.number, "sha256": digest})
+    write_atomic(given.out, text)
     print(json.dumps({"certificate": given.out}) if given.json else f"certificate: {given.out}")
 
 

@@ -149,6 +149,57 @@ def test_an_interrupted_request_goes_on_and_the_ledger_tells_it_once(
     assert kinds == ["holder", "request", "action", "holder"]
 
 
+WRITES = {
+    "prepare": ("prepare --model @model --data @train.parquet --method ssd --out", "statistics"),
+    "audit": (
+        "audit --before @model --after {}/one --data @train.parquet --forget @ids.txt --probes Accuracy --out",
+        "findings",
+    ),
+    "certificate": ("certificate issue --model {}/one --key {}/k.key --out", "certificate"),
+    "learn": ("learn --learner @learner --data @test.parquet --out", "learner"),
+}
+
+
+@pytest.mark.parametrize("name", WRITES)
+def test_what_is_killed_before_its_file_stands_is_noted_all_the_same(
+    name: str, desk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert forget(desk, tmp_path / "one", "--method", "ssd") == 0
+    assert engram_(desk, f"certificate keygen {tmp_path}/k.key") == 0
+    words, kind = WRITES[name]
+    Ledger(f"{tmp_path}/l.sqlite")
+    command = f"{words} {tmp_path}/new --ledger {tmp_path}/l.sqlite".replace("{}", str(tmp_path))
+
+    def killed(source: object, target: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(f"engram.files.os.{'replace' if name == 'certificate' else 'rename'}", killed)
+        assert engram_(desk, command) == 130
+    assert not (tmp_path / "new").exists()
+    entries = Ledger(f"{tmp_path}/l.sqlite").entries()
+    assert [e.body.get("what", e.kind) for e in entries] == [kind]
+    held = [held for id in ("digit-3", "digit-401") for held in Ledger(f"{tmp_path}/l.sqlite").where(id)]
+    assert len(held) == (name in ("prepare", "learn")) and not any(one.standing for one in held)
+    assert engram_(desk, command) in (0, 3)
+    assert (tmp_path / "new").exists()
+    Ledger(f"{tmp_path}/l.sqlite").verify()
+
+
+def test_a_model_is_known_by_its_weights_wherever_it_stands(desk: Path, tmp_path: Path) -> None:
+    ledger = ("--ledger", f"{tmp_path}/l.sqlite")
+    assert forget(desk, tmp_path / "first", "--method", "ssd", *ledger) == 0
+    (tmp_path / "first").rename(tmp_path / "moved")
+    again = f"forget --model {tmp_path}/moved --data @train.parquet --forget @ids.txt --out {tmp_path}/second"
+    assert engram_(desk, again, "--method", "ssd", "--set", "alpha=1.1", *ledger) == 0
+    shutil.copytree(desk / "model", tmp_path / "first")  # another model in the old place
+    other = f"forget --model {tmp_path}/first --data @train.parquet --forget @ids.txt --out {tmp_path}/third"
+    assert engram_(desk, other, "--method", "ssd", *ledger) == 0
+    parents = [entry.body["parent"] for entry in Ledger(f"{tmp_path}/l.sqlite").entries("holder")]
+    model, first = 1, 4
+    assert parents == [None, model, first, model]
+
+
 def test_requests_in_sequence_keep_lineage_and_residue(desk: Path, tmp_path: Path) -> None:
     ledger = ("--ledger", f"{tmp_path}/l.sqlite")
     (desk / "later.txt").write_text("digit-20\n")

@@ -256,8 +256,10 @@ def prepare(
     columns: Mapping[str, Any],
     seed: int = 0,
     device: str = "cpu",
+    ledger: Any = None,
 ) -> tuple[list[str], Table]:
-    """Store what lets `method` forget later with the forget rows alone; the kinds of statistics, and their rows."""
+    """Store what lets `method` forget later with the forget rows alone; the kinds of statistics, and their rows. The
+    ledger hears of them before they stand there."""
     made = make(method, wing="forget")
     if not hasattr(made, "prepare"):
         able = [m.name for m in catalogue.methods() if any("statistics" in need for need in m.needs)]
@@ -267,6 +269,8 @@ def prepare(
     model = model_in(directory)
     table = rows_for(home_of(directory), model, data, **columns)
     found = made.prepare(model, table, Run(seed=seed, device=device))
+    if ledger is not None:
+        ledger.add_holder("statistics", out, table.ids)
     write_statistics(out, found, model=model, method=describe(made), rows=len(table))
     return sorted(found), table
 
@@ -278,9 +282,9 @@ class _Notes:
         self.ledger, self.desk, self.reason, self.ticket = ledger, desk, reason, ticket
         self.parent = None
         if ledger is not None:
-            held = ledger.holder_of(desk.directory)
-            self.parent = held or ledger.add_holder(
-                self._kind, desk.directory, desk.table.ids, weights=io.digest(desk.model), source="as told by its owner"
+            weights = io.digest(desk.model)
+            self.parent = ledger.holder_of(desk.directory, weights) or ledger.add_holder(
+                self._kind, desk.directory, desk.table.ids, weights=weights, source="as told by its owner"
             )
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -48,8 +48,14 @@ class Audit:
     device: str = "cpu"
     seed: int = 0
 
-    def examine(self, out: str | Path, progress: Progress | None = None) -> dict[str, Any]:
-        """Probe the model and write the findings (`audit.json`) into the directory `out`; what it holds."""
+    def examine(
+        self,
+        out: str | Path,
+        progress: Progress | None = None,
+        finish: Callable[[Path, dict[str, Any]], None] | None = None,
+    ) -> dict[str, Any]:
+        """Probe the model and write the findings (`audit.json`) into the directory `out`; what it holds. `finish` is
+        called with the directory and the findings before it stands under its name: what it adds comes with it."""
         target = Path(out)
         if target.exists():
             raise EngramError(f"{target} exists; choose another --out")
@@ -100,6 +106,8 @@ class Audit:
         }
         with new_directory(target) as fresh:
             (fresh / AUDIT).write_text(json.dumps(found, indent=1, ensure_ascii=False))
+            if finish is not None:
+                finish(fresh, found)
         return found
 
 

@@ -190,10 +190,15 @@ class Ledger:
         with self._reading() as db:
             return self._get(db, number)
 
-    def holder_of(self, path: str | Path) -> Entry | None:
-        """The last holder that was noted at a path."""
-        wanted = str(Path(path).absolute())
-        found = [entry for entry in self.entries("holder") if entry.body.get("path") == wanted]
+    def holder_of(self, path: str | Path, weights: str | None = None) -> Entry | None:
+        """The last holder that was noted at a path; with the digest of the weights that stand there, the last that had
+        them, at this path or else at another (a model that was moved or copied)."""
+        there = str(Path(path).absolute())
+        holders = self.entries("holder")
+        if weights is not None:
+            holders = [entry for entry in holders if entry.body.get("weights") == weights]
+        here = [entry for entry in holders if entry.body.get("path") == there]
+        found = here or (holders if weights is not None else [])
         return found[-1] if found else None
 
     def where(self, id: str) -> list[Holding]:

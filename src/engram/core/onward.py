@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from engram.core.learner import Learner
 from engram.core.persist import MODEL, is_learner, load_learner, save_learner
 from engram.core.settings import name_of
 from engram.data.preprocessing import Preprocessing
@@ -44,15 +45,19 @@ def learn_more(
         raise EngramError(f"{source} holds no rows to learn from")
     known = set() if not learner.started else _classes(learner.model)
     new = tuple(c for c in table.classes if c not in known)
+    before = None if ledger is None else ledger.holder_of(learner_directory, _weights(learner))
     learner.learn(Task(table, None, tasks, new, table.names), Run(seed=seed, device=device))
     learner.refresh()
+    if ledger is not None:  # before the files: a kill between the two leaves no learner that nobody noted
+        parent = None if before is None else before.number
+        ledger.add_holder("learner", out, table.ids, weights=_weights(learner), parent=parent)
     save_learner(learner, out, tasks=tasks + 1)
     used.save(out)
-    if ledger is not None:
-        before = ledger.holder_of(learner_directory)
-        parent = None if before is None else before.number
-        ledger.add_holder("learner", out, table.ids, weights=digest(learner.model), parent=parent)
     return name_of(learner), len(table)
+
+
+def _weights(learner: Learner) -> str | None:
+    return digest(learner.model) if learner.started else None
 
 
 def predict_rows(

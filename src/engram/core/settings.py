@@ -11,6 +11,8 @@ from torch import nn
 
 from engram.errors import EngramError, unknown
 
+PLAIN = ("engram.engine", "engram.data")  # where dataclasses are settings of methods, and no methods
+
 
 def settings(method: Any) -> dict[str, Any]:
     """The constructor's arguments of a method, as they are."""
@@ -81,7 +83,7 @@ def _plain(value: Any) -> Any:
         return pack(value)[0]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {key: _plain(item) for key, item in settings(value).items()}
-        return fields if type(value).__module__.startswith("engram.engine") else {"name": name_of(value), **fields}
+        return fields if type(value).__module__.startswith(PLAIN) else {"name": name_of(value), **fields}
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple | set | frozenset):

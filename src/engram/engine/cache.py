@@ -44,9 +44,9 @@ class FeatureCache:
             except (OSError, SafetensorError, KeyError) as error:
                 raise EngramError(f"the cached features {path} cannot be read ({error}); delete the file") from error
         found = features(model, table, batch_size=batch_size, run=run)
-        write_atomic(path, save({"features": found.contiguous()}, metadata={"ids": json.dumps(table.ids)}))
-        if self.ledger is not None:
+        if self.ledger is not None:  # before the file: a kill between the two leaves no file that nobody noted
             self.ledger.add_holder("cache", path, table.ids)
+        write_atomic(path, save({"features": found.contiguous()}, metadata={"ids": json.dumps(table.ids)}))
         return found
 
     def holds(self, ids: Iterable[str]) -> Ids:
