@@ -25,6 +25,7 @@ ORDER = (
     ("reproduce", "report"),
     ("compare",),
     ("commands",),
+    ("comparing",),
     ("cli",),
     ("__main__", "testing"),
 )

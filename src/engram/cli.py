@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from engram import __version__, catalogue
+from engram import __version__, catalogue, comparing
 from engram import commands as commands_of_the_desk
 from engram.errors import EngramError
 
@@ -88,6 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     reproduce.add_argument("--out", metavar="FILE", help="write the claims as JSON")
 
     commands_of_the_desk.add(command)
+    comparing.add(command)
     learn = command("learn", _learn, "Go on learning: a learner's directory takes in a new table.")
     learn.add_argument(
         "--learner", required=True, metavar="DIR", help="a learner's directory (DIR/models/NAME of a run)"

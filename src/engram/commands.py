@@ -73,23 +73,6 @@ def add(command: Command) -> None:
     ledger.add_argument("--yes", action="store_true", help="purge: do not ask")
     ledger_place(ledger, needed=True)
 
-    compare = command("compare", _compare, "Many methods under one protocol: a table of every trial, a leaderboard.")
-    compare.add_argument("what", choices=("unlearning", "continual"))
-    compare.add_argument("--data", default="sklearn:digits", metavar="SOURCE")
-    compare.add_argument("--test", metavar="SOURCE", help="default: a share of the rows")
-    compare.add_argument("--limit", type=int, help="the first so many rows")
-    compare.add_argument("--network", default="MLP", help='a name, or YAML as in "{name: ConvNet, widths: [16, 32]}"')
-    compare.add_argument("--epochs", type=int, default=20)
-    compare.add_argument("--methods", nargs="+", default=[], metavar="METHOD", help="default: all that can be used")
-    compare.add_argument("--requests", nargs="+", default=["random", "class", "subclass"], metavar="KIND")
-    compare.add_argument("--stream", nargs=2, type=int, default=[2, 2], metavar=("BASE", "INCREMENT"), help="classes")
-    compare.add_argument("--seeds", nargs="+", type=int, help="default: 0 1 2; class orders: 1993 1994 1995")
-    compare.add_argument("--trials", type=int, default=5, help="settings that are tried for a method and kind")
-    compare.add_argument("--budget", type=float, default=60.0, help="seconds for these trials")
-    compare.add_argument("--jobs", type=int, default=1, help="processes of one thread each")
-    compare.add_argument("--estimate", action="store_true", help="say what it will take, and stop")
-    compare.add_argument("--out", required=True, metavar="DIR", help="goes on where there is one")
-
 
 def _request(parser: argparse.ArgumentParser) -> None:
     what = parser.add_mutually_exclusive_group(required=True)
@@ -134,7 +117,7 @@ def _forget(given: argparse.Namespace, rest: list[str]) -> None:
     if not (given.quiet or given.json):
         print("\n".join(choice.lines()), flush=True)
     done = desk.forget(
-        choice, given.out, resume=given.resume, ledger=opened(given), reason=given.reason, progress=_progress(given)
+        choice, given.out, resume=given.resume, ledger=opened(given), reason=given.reason, progress=progress_of(given)
     )
     if given.json:
         print(json.dumps({"directory": given.out, **done}, indent=1))
@@ -171,7 +154,7 @@ def _audit(given: argparse.Namespace, rest: list[str]) -> int:
             names = {finding["name"]: finding["verdict"] for finding in found["findings"]}
             ledger.add("findings", {"holder": held and held.number, "verdict": found["verdict"], "findings": names})
 
-    found = audit.examine(given.out, _progress(given), finish)
+    found = audit.examine(given.out, progress_of(given), finish)
     if given.json:
         print(json.dumps(found, indent=1))
     else:
@@ -198,60 +181,6 @@ def _prepare(given: argparse.Namespace, rest: list[str]) -> None:
     print(json.dumps(kinds) if given.json else f"{', '.join(kinds)} of {len(table)} rows stand in {given.out}")
 
 
-def _compare(given: argparse.Namespace, rest: list[str]) -> None:
-    from engram.compare import continual, unlearning
-    from engram.report import page
-
-    shared = {"limit": given.limit, "trials": given.trials, "budget": given.budget, "jobs": given.jobs}
-    shared |= {"seeds": tuple(given.seeds)} if given.seeds else {}
-    contest = (_forgetters if given.what == "unlearning" else _learners)(given, shared)
-    if given.estimate or not (given.quiet or given.json):
-        print(contest.estimate(), flush=True)
-    if given.estimate:
-        return
-    module: Any = unlearning if given.what == "unlearning" else continual
-    summary = module.summarise(contest.execute())
-    intro = f"{given.data}, {len(contest.train)} training rows, {given.network}, seeds {contest.plan.seeds}"
-    place = page.write_leaderboard(Path(given.out) / "leaderboard.html", summary, intro=intro)
-    print(json.dumps(summary, indent=1) if given.json else "\n".join([*module.table_rows(summary), f"page: {place}"]))
-
-
-def _forgetters(given: argparse.Namespace, shared: dict[str, Any]) -> Any:
-    import yaml
-
-    from engram.compare.unlearning import Comparison, Contest
-
-    plan = Comparison(
-        given.data,
-        given.test,
-        network=yaml.safe_load(given.network),
-        epochs=given.epochs,
-        methods=tuple(given.methods),
-        requests=tuple(given.requests),
-        **shared,
-    )
-    return Contest(plan, given.out, progress=_progress(given))
-
-
-def _learners(given: argparse.Namespace, shared: dict[str, Any]) -> Any:
-    import yaml
-
-    from engram.compare.continual import Comparison, Contest
-
-    base, increment = given.stream
-    common = {"network": yaml.safe_load(given.network), "epochs": given.epochs}
-    plan = Comparison(
-        given.data,
-        given.test,
-        base=base,
-        increment=increment,
-        learners=tuple(given.methods),
-        common=common,
-        **shared,
-    )
-    return Contest(plan, given.out, progress=_progress(given))
-
-
 def _protect(given: argparse.Namespace, rest: list[str]) -> None:
     import torch
 
@@ -271,7 +200,7 @@ def _protect(given: argparse.Namespace, rest: list[str]) -> None:
         raise EngramError(f"{name_of(method)} is no protector; engram methods --wing protect lists them")
     columns: dict[str, Any] = {**_columns(given)}
     table, plan = read_with(given.data, **columns)
-    found = method.protect(table, Run(seed=given.seed, device=given.device, progress=_progress(given)))
+    found = method.protect(table, Run(seed=given.seed, device=given.device, progress=progress_of(given)))
     names = {"id": columns.get("id", "id"), "label": plan.label[0], "image": plan.image or "image"}
     write_atomic(given.out, parquet(found, **names))
     before, after = (one.batch(torch.arange(len(one))).inputs["pixel_values"] for one in (table, found))
@@ -425,7 +354,7 @@ def opened(given: argparse.Namespace) -> Any:
     return ledger
 
 
-def _progress(given: argparse.Namespace) -> Any:
+def progress_of(given: argparse.Namespace) -> Any:
     from engram.engine.progress import Silent, Terminal
 
     return Silent() if given.quiet or given.json else Terminal()

@@ -430,3 +430,17 @@ def test_bfloat16_computes_in_it_and_keeps_the_weights_in_float32() -> None:
     assert set(seen) == {torch.bfloat16} and weights(model).dtype == torch.float32
     exact = weights(trained(Optimizer("sgd", 0.1), 1))
     assert not torch.equal(weights(model), exact) and torch.allclose(weights(model), exact, atol=0.02)
+
+
+def test_a_loss_that_is_no_number_ends_the_training_and_says_where() -> None:
+    model = nn.Linear(2, 1, device="meta").to_empty(device="cpu")
+    nn.init.ones_(model.weight)
+    nn.init.zeros_(model.bias)
+    losses = iter([1.0, 1.0, float("nan")])
+
+    def step(batch: Batch) -> Mean:
+        return next(losses) * Mean.of(model(batch.inputs["values"])[:, 0])
+
+    table = Table({"values": torch.ones(4, 2)})
+    with pytest.raises(EngramError, match="no number any more in epoch 3 of fit"):
+        fit(step, lambda e: table.batches(4, epoch=e), model=model, optimizer=Optimizer(), epochs=5, run=Run())

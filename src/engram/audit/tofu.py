@@ -62,8 +62,7 @@ def model_utility(logs: Logs | str | Path, truth_ratio: str = "arithmetic") -> f
     "arithmetic" or "geometric". EngramError for a log that lacks something, and for a loss that is no number.
     """
     found = _read(logs)
-    numbers = [score.mean() for name in SECTIONS if name != "forget" for score in _scores(found, name, truth_ratio)]
-    return _harmonic(numbers)
+    return utility_of(found, [name for name in SECTIONS if name != "forget"], truth_ratio)
 
 
 def forget_quality(
@@ -95,6 +94,17 @@ def log_truth_ratio(logs: Logs | str | Path, section: str = "forget", truth_rati
     if truth_ratio == "geometric":
         return right - np.nansum(wrong, 1) / count
     return right + logsumexp(np.where(np.isnan(wrong), -np.inf, -wrong), axis=1) - np.log(count)
+
+
+def scores_of(logs: Logs, section: str, truth_ratio: str = "arithmetic") -> dict[str, float]:
+    """Means over the items of a section, each in [0, 1]: probability, ROUGE-L and truth ratio."""
+    names = ("probability", "ROUGE-L", "truth ratio")
+    return {name: float(s.mean()) for name, s in zip(names, _scores(logs, section, truth_ratio), strict=True)}
+
+
+def utility_of(logs: Logs, sections: Sequence[str], truth_ratio: str = "arithmetic") -> float:
+    """Model utility over these sections alone: the harmonic mean of three scores of each, 0 where one is 0."""
+    return _harmonic([score for name in sections for score in scores_of(logs, name, truth_ratio).values()])
 
 
 def _test(one: Logs, other: Logs, truth_ratio: str) -> tuple[float, float]:
@@ -163,14 +173,15 @@ def _items(part: Mapping[str, Mapping[str, Any]], name: str) -> list[str]:
 
 
 def evaluate(
-    model: nn.Module, tables: Mapping[str, Table], run: Run | None = None, tokenizer: str | None = None
+    model: nn.Module, tables: Mapping[str, Table], run: Run | None = None, tokenizer: Any = None
 ) -> dict[str, dict[str, dict[str, Any]]]:
     """A model's evaluation log in TOFU's layout, of tables named retain, forget, authors or facts.
 
     Token tables, padded on the right, carry their wrong answers in the extra columns `perturbed_ids` and
     `perturbed_labels` [n, k, T], and a paraphrased answer, if any, in `paraphrased_ids` and `paraphrased_labels`
     [n, T]. Greedy answers end with the table's width; they are compared as words, stemmed, by rouge-score with a
-    `tokenizer` (a name or directory), else token by token. For classes, the other live classes are the wrong answers.
+    `tokenizer` (a name, a directory, or one of transformers), else token by token. For classes, the other live classes
+    are the wrong answers.
 
     Cost: 2 + k forward passes over the rows, and the greedy answers. EngramError for token rows without wrong answers.
     """
@@ -275,8 +286,8 @@ def _recall_of_tokens(told: list[int], truth: list[int]) -> float:
     return best[-1] / max(len(truth), 1)
 
 
-def _recall_of_words(name: str) -> Recall:
-    tokenizer = require("transformers").AutoTokenizer.from_pretrained(name)
+def _recall_of_words(given: Any) -> Recall:
+    tokenizer = require("transformers").AutoTokenizer.from_pretrained(given) if isinstance(given, str | Path) else given
     scorer = require("rouge_score.rouge_scorer", "language").RougeScorer(["rougeL"], use_stemmer=True)
 
     def recall(told: list[int], truth: list[int]) -> float:
@@ -352,7 +363,7 @@ class TOFU(Probe):
         kept = [name for name in tables if name != "forget"]
 
         def utility(logs: Logs) -> float:
-            return _harmonic([float(s.mean()) for name in kept for s in _scores(logs, name, self.truth_ratio)])
+            return utility_of(logs, kept, self.truth_ratio)
 
         return figure(
             "model utility",

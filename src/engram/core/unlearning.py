@@ -94,5 +94,6 @@ class GradientForgetter(Forgetter):
 
 def usual_loss(model: Any, batch: Batch) -> Mean:
     """The loss that the model was trained with, by the kind of labels."""
+    batch = batch.trimmed()
     assert batch.labels is not None
     return by_target(model(**batch.inputs).logits, batch.labels)

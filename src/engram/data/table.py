@@ -43,6 +43,20 @@ class Batch:
     def __len__(self) -> int:
         return len(self.rows)
 
+    def trimmed(self) -> Batch:
+        """Rows of tokens without the last columns that none of them uses: padding on the right. Others as they are.
+
+        A causal model says the same of the tokens that stay, in less time.
+        """
+        if self.labels is None or self.labels.ndim != 2 or self.labels.is_floating_point():
+            return self
+        used = self.labels != IGNORED
+        if "attention_mask" in self.inputs:
+            used = used | self.inputs["attention_mask"].bool()
+        width = used.shape[1] - int(used.any(0).flip(0).int().argmax())
+        inputs = {k: v[:, :width] if v.shape[1:] == self.labels.shape[1:] else v for k, v in self.inputs.items()}
+        return Batch(inputs, self.labels[:, :width], self.rows, self.extra)
+
     def to(self, device: str | torch.device) -> Batch:
         """The same rows on another device; row numbers stay on the CPU."""
         if torch.device(device).type == "cpu":

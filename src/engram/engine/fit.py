@@ -60,7 +60,8 @@ def fit(
 
     The loss of given rows does not depend on the number of processes or micro-batches: sums are divided by the count
     over all of them. Dropout and other draws come from a generator of this training's own. A training that is
-    interrupted goes on from the last checkpointed epoch of a run with a directory.
+    interrupted goes on from the last checkpointed epoch of a run with a directory. EngramError, naming the epoch, for a
+    loss that is no number: that epoch is not checkpointed.
     """
     with run.scope(name):
         loop = _Loop(step, model, optimizer, run, epochs, steps, dict(state or {}), after_step, micro)
@@ -112,9 +113,17 @@ class _Loop:
                 count += 1
             rows += _rows(batch)
         total, rows = _summed([total, rows.to(self.run.device)])
+        if not bool(torch.isfinite(total)):
+            where = "/".join(self.run.path)
+            raise EngramError(
+                f"the loss is no number any more in epoch {self.epoch + 1} of {where}: lower the learning rate, or clip "
+                "the gradient; what was there before this training is unchanged"
+            )
         self.run.cost.rows += int(rows)
         self.history.losses.append(float(total) / max(count, 1))
         self.epoch += 1
+        if self.run.watch is not None:
+            self.run.watch(self.run.path, self.epoch, self.model)
         self._checkpoint()
 
     def _updates(self, batch: Any) -> Iterable[Tensor]:

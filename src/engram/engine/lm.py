@@ -32,6 +32,13 @@ def sequence_logp(logits: Tensor, labels: Tensor, reduce: str = "sum") -> Tensor
     return -per_row(logits, labels, reduce=reduce)
 
 
+def answer_logp(model: Any, batch: Batch, reduce: str = "sum") -> Tensor:
+    """log p(answer | question) of every row of a batch under a model, [B], with its gradient."""
+    batch = batch.trimmed()
+    assert batch.labels is not None
+    return sequence_logp(model(**batch.inputs).logits, batch.labels, reduce)
+
+
 def summed_logp(output: Any, batch: Batch) -> Tensor:
     """A reader for `engine.predict`: log p(answer | question), sum over the answer's tokens, [B]."""
     assert batch.labels is not None

@@ -46,6 +46,7 @@ class Recipe:
         model = self.start(table, run)
 
         def step(batch: Batch) -> Mean:
+            batch = batch.trimmed()
             assert batch.labels is not None
             return by_target(model(**batch.inputs).logits, batch.labels)
 

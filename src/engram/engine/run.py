@@ -18,6 +18,7 @@ from typing import TypeVar
 
 import torch
 from torch import distributed as dist
+from torch import nn
 
 from engram.engine.cost import Cost
 from engram.engine.journal import Journal
@@ -32,7 +33,9 @@ class Run:
     """Seeds, journal, device and cost of one piece of work.
 
     `directory`: where phases are journaled; None keeps them in memory, for tests and notebooks. `seed`: all draws
-    follow from it. `device`: where models are trained. `precision`: "float32" or "bfloat16" (autocast).
+    follow from it. `device`: where models are trained. `precision`: "float32" or "bfloat16" (autocast). `watch`: is
+    called after every epoch of every training with the open scopes, the number of epochs done and the model, to measure
+    it on its way; it must leave the model as it is.
     """
 
     def __init__(
@@ -43,12 +46,14 @@ class Run:
         device: str = "cpu",
         precision: str = "float32",
         progress: Progress | None = None,
+        watch: Callable[[tuple[str, ...], int, nn.Module], None] | None = None,
     ) -> None:
         self.directory = Path(directory) if directory is not None else None
         self.seed = seed
         self.device = torch.device(device)
         self.precision = precision
         self.report: Progress = progress or Silent()
+        self.watch = watch
         self.journal = Journal(self.directory / "journal" if self.directory else None)
         self.cost = Cost()
         self._path: tuple[str, ...] = ()

@@ -19,7 +19,7 @@ from torch import nn
 from engram.core.forgetter import rows
 from engram.core.request import Request
 from engram.data.table import Batch, Table
-from engram.engine.lm import summed_logp
+from engram.engine.lm import answer_logp
 from engram.engine.losses import Mean
 from engram.engine.optimizer import Optimizer
 from engram.engine.run import Run
@@ -54,6 +54,6 @@ class DPO(Retaining):
 
     def terms(self, model: nn.Module, forget: Batch, retain: Batch | None) -> Mean:
         preferred = of_same_rows(self.preferred, forget)
-        gain = summed_logp(model(**preferred.inputs), preferred) - self.preferred_before(preferred)
-        loss = summed_logp(model(**forget.inputs), forget) - self.rejected_before(forget)
+        gain = answer_logp(model, preferred) - self.preferred_before(preferred)
+        loss = answer_logp(model, forget) - self.rejected_before(forget)
         return self.with_retain(rejection(loss - gain, self.beta), model, retain)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from engram.core.forgetter import rows
 from engram.core.request import Request
 from engram.data.table import Batch
-from engram.engine.lm import summed_logp
+from engram.engine.lm import answer_logp
 from engram.engine.losses import Mean
 from engram.engine.optimizer import Optimizer
 from engram.engine.run import Run
@@ -55,5 +55,5 @@ class NPO(Retaining):
         self.reference: RowCache = reference_logp(model, rows(request.forget), run, "reference log-probabilities")
 
     def terms(self, model: nn.Module, forget: Batch, retain: Batch | None) -> Mean:
-        ratio = summed_logp(model(**forget.inputs), forget) - self.reference(forget)
+        ratio = answer_logp(model, forget) - self.reference(forget)
         return self.with_retain(rejection(ratio, self.beta), model, retain)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from engram.data.table import Batch
-from engram.engine.lm import sequence_logp
+from engram.engine.lm import answer_logp
 from engram.engine.losses import Mean
 from engram.engine.optimizer import Optimizer
 from engram.forget.language import Retaining
@@ -37,7 +37,6 @@ class SimNPO(Retaining):
         return cls(margin=0.1, optimizer=Optimizer(lr=1e-3), epochs=2, batch_size=8)
 
     def terms(self, model: nn.Module, forget: Batch, retain: Batch | None) -> Mean:
-        assert forget.labels is not None
-        logp = sequence_logp(model(**forget.inputs).logits, forget.labels, reduce="mean")
+        logp = answer_logp(model, forget, reduce="mean")
         loss = (2 / self.beta) * Mean.of(-F.logsigmoid(-self.beta * logp - self.margin))
         return self.with_retain(loss, model, retain)

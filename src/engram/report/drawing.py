@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from markupsafe import Markup
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from markupsafe import Markup, escape
 
 from engram.core.finding import Finding
 
@@ -54,3 +58,39 @@ def _label(finding: Finding) -> str:
         f", retrained models {min(finding.reference):.3f} to {max(finding.reference):.3f}" if finding.reference else ""
     )
     return f"{finding.value:.3f}{oracles}"
+
+
+def plane(entries: Sequence[Mapping[str, Any]], share: str) -> Markup:
+    """Courses of forgetters on the plane of utility and forget quality (its logarithm, cut at 1e-10): a line from point
+    to point, a dot at the end."""
+    wide, high, left, low = 560, 326, 46, 292
+    floor = -10.0
+
+    def place(point: Mapping[str, Any]) -> tuple[float, float] | None:
+        if not point["utility"] or not point["forget quality"]:
+            return None
+        quality = max(floor, math.log10(max(point["forget quality"][0], 10**floor)))
+        return round(left + 400 * point["utility"][0], 1), round(low - 270 * (1 - quality / floor), 1)
+
+    parts = [f'<svg class="plane" viewBox="0 0 {wide} {high}" role="img" aria-label="utility against forget quality">']
+    for tick in (0.0, 0.25, 0.5, 0.75, 1.0):
+        x = left + 400 * tick
+        parts.append(
+            f'<line class="grid" x1="{x}" x2="{x}" y1="22" y2="{low}"/><text x="{x - 9}" y="306">{tick:g}</text>'
+        )
+    for tick in (0, -2, -4, -6, -8, -10):
+        y = low - 270 * (1 - tick / floor)
+        parts.append(f'<line class="grid" x1="{left}" x2="446" y1="{y}" y2="{y}"/>')
+        parts.append(f'<text x="4" y="{y + 4}">{"1" if not tick else f"1e{tick}"}</text>')
+    parts.append(f'<text x="{left + 150}" y="321">model utility</text><text x="4" y="12">forget quality (p)</text>')
+    for k, entry in enumerate(entries):
+        places = [found for point in entry["shares"][share]["course"] if (found := place(point)) is not None]
+        colour = f"hsl({(k * 137) % 360} 60% 45%)"
+        text = 30 + 16 * k
+        parts.append(f'<circle cx="464" cy="{text - 4}" r="4" fill="{colour}"/>')
+        parts.append(f'<text x="474" y="{text}">{escape(entry["method"])}</text>')
+        if places:
+            points = " ".join(f"{x},{y}" for x, y in places)
+            parts.append(f'<polyline fill="none" stroke="{colour}" stroke-width="1.5" points="{points}"/>')
+            parts.append(f'<circle cx="{places[-1][0]}" cy="{places[-1][1]}" r="4" fill="{colour}"/>')
+    return Markup("".join([*parts, "</svg>"]))

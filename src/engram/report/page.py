@@ -70,8 +70,17 @@ def write_audit(directory: str | Path) -> Path:
 
 
 def write_leaderboard(path: str | Path, summary: Mapping[str, Any], *, intro: str) -> Path:
-    """The summary of a comparison of forgetters or learners as a page; its path."""
-    if "learners" in summary:
+    """The summary of a comparison of forgetters, learners or forgetters of language models as a page; its path."""
+    if "forgetters" in summary:
+        template = _environment().get_template("language.html")
+        page = template.render(
+            title="Forgetters of language models side by side",
+            intro=intro,
+            spread=_spread,
+            planes={share: drawing.plane(summary["forgetters"], share) for share in summary["shares"]},
+            **summary,
+        )
+    elif "learners" in summary:
         template = _environment().get_template("learners.html")
         page = template.render(title="Learners side by side", intro=intro, spread=_spread, **summary)
     else:

@@ -1,0 +1,115 @@
+"""The command that sets methods side by side: compare unlearning, continual or language."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from engram.commands import Command, progress_of
+
+
+def add(command: Command) -> None:
+    """Add the command to the command line."""
+    compare = command("compare", _compare, "Many methods under one protocol: a table of every trial, a leaderboard.")
+    compare.add_argument("what", choices=("unlearning", "continual", "language"))
+    compare.add_argument("--data", default="sklearn:digits", metavar="SOURCE")
+    compare.add_argument("--test", metavar="SOURCE", help="default: a share of the rows")
+    compare.add_argument("--limit", type=int, help="the first so many rows")
+    compare.add_argument("--network", default="MLP", help='a name, or YAML as in "{name: ConvNet, widths: [16, 32]}"')
+    compare.add_argument("--epochs", type=int, help="of training; default: 20, language: 22")
+    compare.add_argument("--methods", nargs="+", default=[], metavar="METHOD", help="default: all that can be used")
+    compare.add_argument("--requests", nargs="+", default=["random", "class", "subclass"], metavar="KIND")
+    compare.add_argument("--stream", nargs=2, type=int, default=[2, 2], metavar=("BASE", "INCREMENT"), help="classes")
+    compare.add_argument("--model", metavar="NAME", help="language: a directory or hub name to start from")
+    compare.add_argument("--authors", type=int, default=20, help="language: how many are learnt")
+    compare.add_argument(
+        "--fractions", nargs="+", type=float, default=[0.1, 0.2, 0.5], help="language: to be forgotten"
+    )
+    compare.add_argument("--points", nargs="+", type=int, default=[2, 5, 10], help="language: epochs that are measured")
+    compare.add_argument("--seeds", nargs="+", type=int, help="default: 0 1 2; class orders: 1993 1994 1995")
+    compare.add_argument("--trials", type=int, help="settings that are tried for a method; default: 5, language: 3")
+    compare.add_argument("--budget", type=float, help="seconds for these trials; default: 60, language: 600")
+    compare.add_argument("--jobs", type=int, default=1, help="processes of one thread each")
+    compare.add_argument("--estimate", action="store_true", help="say what it will take, and stop")
+    compare.add_argument("--out", required=True, metavar="DIR", help="goes on where there is one")
+
+
+def _compare(given: argparse.Namespace, rest: list[str]) -> None:
+    from engram.report import page
+
+    shared = {"trials": given.trials, "budget": given.budget, "jobs": given.jobs, "epochs": given.epochs}
+    shared = {key: value for key, value in shared.items() if value is not None}
+    shared |= {"seeds": tuple(given.seeds)} if given.seeds else {}
+    contest = CONTESTS[given.what](given, shared)
+    if given.estimate or not (given.quiet or given.json):
+        print(contest.estimate(), flush=True)
+    if given.estimate:
+        return
+    module = import_module(f"engram.compare.{given.what}")
+    summary = module.summarise(contest.execute())
+    network = given.network if given.what != "language" else given.model or "a GPT-2 from nothing"
+    intro = f"{given.data}, {len(contest.train)} training rows, {network}, seeds {contest.plan.seeds}"
+    place = page.write_leaderboard(Path(given.out) / "leaderboard.html", summary, intro=intro)
+    print(json.dumps(summary, indent=1) if given.json else "\n".join([*module.table_rows(summary), f"page: {place}"]))
+
+
+def _forgetters(given: argparse.Namespace, shared: dict[str, Any]) -> Any:
+    import yaml
+
+    from engram.compare.unlearning import Comparison, Contest
+
+    plan = Comparison(
+        given.data,
+        given.test,
+        limit=given.limit,
+        network=yaml.safe_load(given.network),
+        methods=tuple(given.methods),
+        requests=tuple(given.requests),
+        **shared,
+    )
+    return Contest(plan, given.out, progress=progress_of(given))
+
+
+def _learners(given: argparse.Namespace, shared: dict[str, Any]) -> Any:
+    import yaml
+
+    from engram.compare.continual import Comparison, Contest
+
+    base, increment = given.stream
+    plan = Comparison(
+        given.data,
+        given.test,
+        limit=given.limit,
+        base=base,
+        increment=increment,
+        learners=tuple(given.methods),
+        common={"network": yaml.safe_load(given.network), "epochs": shared.pop("epochs", 20)},
+        **shared,
+    )
+    return Contest(plan, given.out, progress=progress_of(given))
+
+
+def _speakers(given: argparse.Namespace, shared: dict[str, Any]) -> Any:
+    from engram.compare.language import Comparison, Contest
+
+    plan = Comparison(
+        given.data,
+        model=given.model,
+        authors=given.authors,
+        fractions=tuple(given.fractions),
+        points=tuple(given.points),
+        methods=tuple(given.methods),
+        **shared,
+    )
+    return Contest(plan, given.out, progress=progress_of(given))
+
+
+CONTESTS: dict[str, Callable[[argparse.Namespace, dict[str, Any]], Any]] = {
+    "unlearning": _forgetters,
+    "continual": _learners,
+    "language": _speakers,
+}
