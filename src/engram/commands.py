@@ -27,6 +27,8 @@ def add(command: Command) -> None:
     forget.add_argument("--resume", action="store_true", help="go on with a request that was interrupted")
     forget.add_argument("--recipe", metavar="FILE", help="how to train one more model (YAML), for methods that retrain")
     forget.add_argument("--statistics", metavar="DIR", help="what engram prepare stored")
+    forget.add_argument("--held-out", metavar="SOURCE", help="rows never seen: stop if the forget rows are no likelier")
+    forget.add_argument("--force", action="store_true", help="go on all the same")
     forget.add_argument("--reason", default="", help="free text for the ledger; it stays for ever: no names")
     ledger_place(forget, needed=False)
 
@@ -114,6 +116,8 @@ def _forget(given: argparse.Namespace, rest: list[str]) -> None:
         seed=given.seed,
     )
     choice = desk.choose(_method(given.method, given.set))
+    if given.held_out is not None and not given.force:
+        desk.is_known(given.held_out)
     if not (given.quiet or given.json):
         print("\n".join(choice.lines()), flush=True)
     done = desk.forget(

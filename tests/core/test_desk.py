@@ -269,6 +269,21 @@ def test_bad_input_ends_in_a_sentence(
     assert not (tmp_path / "new").exists()
 
 
+def test_what_the_model_does_not_know_need_not_be_forgotten(
+    desk: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = pq.read_table(desk / "test.parquet")
+    pq.write_table(rows.slice(0, 80), tmp_path / "new.parquet")
+    (tmp_path / "new.txt").write_text("\n".join(rows["id"].to_pylist()[:40]))
+    method = ("--method", "GradientAscent")
+    command = f"forget --model @model --data {tmp_path}/new.parquet --forget {tmp_path}/new.txt --out {tmp_path}/out"
+    assert engram_(desk, command, *method, "--held-out", f"{desk}/train.parquet") == 2
+    assert "there may be nothing to forget; --force goes on" in capsys.readouterr().err
+    assert engram_(desk, command, *method, "--held-out", f"{desk}/train.parquet", "--force") == 0
+    known = (*method, "--held-out", f"{desk}/test.parquet")
+    assert forget(desk, tmp_path / "known", *known) == 0
+
+
 def test_missing_ids_can_be_passed_over(desk: Path, tmp_path: Path) -> None:
     (desk / "wrong.txt").write_text("digit-1\ndigit-9999\n")
     assert forget(desk, tmp_path / "new", "--method", "ssd", "--ignore-missing", what=("--forget", "@wrong.txt")) == 0

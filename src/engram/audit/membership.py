@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from engram.core.finding import MARGINS, Finding, figure
 from engram.core.probe import Measured, Probe, Subject, compared, labelled, oracles_of
 from engram.data.table import Batch, Table
-from engram.engine.losses import per_row
+from engram.engine.losses import per_row, token_losses
 from engram.engine.predict import predict
 from engram.engine.run import Run
 from engram.errors import unknown
@@ -25,6 +25,7 @@ from engram.stats.intervals import Estimate, auc, tpr_at
 from engram.stats.membership import logistic_attack, roc
 
 POINTS = 64  # of a curve that is kept
+LEAST_LIKELY = 0.2  # share of an answer's tokens
 LEAST = 10  # rows a side for the logistic attack
 
 
@@ -32,7 +33,9 @@ LEAST = 10  # rows a side for the logistic attack
 class Membership(Probe):
     """The loss-threshold attack (AUC and ROC curve), its TPR at 1 % FPR, and the logistic attack on the loss.
 
-    `score`: "loss", "entropy" (needs no labels) or "confidence" (logit of the label's probability). After a class
+    `score`: "loss", "entropy" (needs no labels), "confidence" (logit of the label's probability), or for token rows
+    "min-k" (mean log-probability of the fifth of an answer's tokens that is least likely: Shi et al., Detecting
+    Pretraining Data from Large Language Models, ICLR 2024, arXiv 2310.16789; for classes the loss). After a class
     request the others are test rows of the forgotten classes, if there are any (as in SCRUB). The same attack on the
     model before forgetting is given as a plain figure. Cost: one forward pass over forget and test rows per model.
     """
@@ -133,7 +136,16 @@ def _confidence(output: Any, batch: Batch) -> Tensor:
     return scores.margin(output.logits, batch.labels)
 
 
-SCORES = {"loss": _loss, "entropy": _entropy, "confidence": _confidence}
+def _min_k(output: Any, batch: Batch) -> Tensor:
+    if batch.labels is None or batch.labels.ndim == 1:
+        return _loss(output, batch)
+    losses, counts = token_losses(output.logits, batch.labels)
+    taken = (counts * LEAST_LIKELY).ceil().clamp(min=1)
+    hardest = losses.sort(1, descending=True).values
+    return -(hardest * (torch.arange(losses.shape[1], device=losses.device) < taken[:, None])).sum(1) / taken
+
+
+SCORES = {"loss": _loss, "entropy": _entropy, "confidence": _confidence, "min-k": _min_k}
 
 
 def _measured(found: Estimate) -> Measured:

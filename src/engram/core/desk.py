@@ -21,6 +21,7 @@ from engram.core.forgetter import Forgetter
 from engram.core.learner import Forgetful, Learner
 from engram.core.needs import Need, lacking, satisfied
 from engram.core.persist import MODEL, is_learner, load_learner, save_learner
+from engram.core.probe import labelled
 from engram.core.reading import rows_for
 from engram.core.request import Concept, Request
 from engram.core.settings import describe, make, name_of
@@ -28,6 +29,7 @@ from engram.core.stored import ACCOUNT, account_of, home_of, model_in, read_reci
 from engram.core.verbs import automatic
 from engram.data.table import Table
 from engram.data.where import column_of
+from engram.engine.predict import predict
 from engram.engine.progress import Progress
 from engram.engine.run import Run
 from engram.errors import EngramError, unknown
@@ -149,6 +151,25 @@ class Desk:
             raise EngramError(f"no forgetter can do with what is at hand: {listed}; see engram methods --have …")
         why = "the first of the order that can be used"
         return Choice(fitting[0], name_of(fitting[0]), why, tuple(lacks[:3]))
+
+    def is_known(self, held_out: str) -> None:
+        """EngramError if the model finds the forget rows no likelier than rows of `held_out`, a source that it never
+        saw: then there may be nothing to forget. Cost: a forward pass over both."""
+        forget = self.request.forget
+        if forget is None or not len(labelled(forget)):
+            raise EngramError("without labelled forget rows nobody can tell whether the model knows them")
+        home = home_of(self.directory)
+        others = labelled(rows_for(home, self.model, held_out, **self.columns, **self.what.columns()))
+        if not len(others):
+            raise EngramError(f"{held_out} holds no labelled rows to compare with")
+        run = Run(seed=self.seed, device=self.device)
+        losses = (predict(self.model, table, "loss", run=run).double() for table in (labelled(forget), others))
+        own, usual = (float(loss.mean()) for loss in losses)
+        if not own < usual:
+            raise EngramError(
+                f"the loss on the forget rows ({own:.3g}) is not below that on rows never seen ({usual:.3g}): there may "
+                "be nothing to forget; --force goes on"
+            )
 
     def forget(
         self,

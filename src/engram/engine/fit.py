@@ -116,7 +116,7 @@ class _Loop:
         if not bool(torch.isfinite(total)):
             where = "/".join(self.run.path)
             raise EngramError(
-                f"the loss is no number any more in epoch {self.epoch + 1} of {where}: lower the learning rate, or clip "
+                f"the loss is no number any more in epoch {self.epoch + 1} of {where}: lower the learning rate or clip "
                 "the gradient; what was there before this training is unchanged"
             )
         self.run.cost.rows += int(rows)

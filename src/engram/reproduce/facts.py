@@ -47,10 +47,12 @@ def _written(names: Tensor, capitals: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class SmallGPT2:
-    """Trains a one-layer GPT-2, 32 wide, on facts of the world with so many; usable as a recipe. About 1 s."""
+    """Trains a one-layer GPT-2, 32 wide, on facts of the world with so many, or on other rows of at most `positions`
+    tokens; usable as a recipe. About 1 s."""
 
     world: int = 40
     epochs: int = 150
+    positions: int = 8
 
     def __call__(self, table: Table, seed: int, run: Run | None = None) -> nn.Module:
         run = (run or Run()).with_seed(seed)
@@ -72,7 +74,7 @@ class SmallGPT2:
         transformers = require("transformers")
         config = transformers.GPT2Config(
             vocab_size=START + 2 * self.world,
-            n_positions=8,
+            n_positions=self.positions,
             n_embd=32,
             n_layer=1,
             n_head=2,
