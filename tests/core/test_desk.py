@@ -273,6 +273,10 @@ def test_what_the_model_does_not_know_need_not_be_forgotten(
     desk: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = pq.read_table(desk / "test.parquet")
+    wrong = pa.array(
+        [{"zero": "one", "one": "two", "two": "three", "three": "zero"}[c] for c in rows["label"].to_pylist()]
+    )
+    rows = rows.set_column(rows.column_names.index("label"), "label", wrong)
     pq.write_table(rows.slice(0, 80), tmp_path / "new.parquet")
     (tmp_path / "new.txt").write_text("\n".join(rows["id"].to_pylist()[:40]))
     method = ("--method", "GradientAscent")

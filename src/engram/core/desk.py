@@ -167,8 +167,8 @@ class Desk:
         own, usual = (float(loss.mean()) for loss in losses)
         if not own < usual:
             raise EngramError(
-                f"the loss on the forget rows ({own:.3g}) is not below that on rows never seen ({usual:.3g}): there may "
-                "be nothing to forget; --force goes on"
+                f"the loss on the forget rows ({own:.3g}) is not below that on rows never seen ({usual:.3g}): there "
+                "may be nothing to forget; --force goes on"
             )
 
     def forget(
