@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import engram.audit
 from engram.audit import forget_quality, ks_statistic, model_utility
-from engram.audit.tofu import SECTIONS, TOFU, _recall_of_tokens, evaluate, log_truth_ratio
+from engram.audit.tofu import SECTIONS, TOFU, evaluate, log_truth_ratio
 from engram.core.finding import Finding, Verdict
 from engram.core.probe import Subject
 from engram.core.request import Request
@@ -28,6 +28,7 @@ from engram.engine.predict import predict
 from engram.engine.run import Run
 from engram.errors import EngramError
 from engram.reproduce.facts import SmallGPT2, facts
+from engram.stats.text import rouge_l
 from engram.testing import holds
 
 Log = dict[str, dict[str, dict[str, Any]]]
@@ -178,10 +179,10 @@ def test_names_are_found_where_they_are_looked_for() -> None:
 
 
 def test_recall_is_of_the_longest_common_subsequence() -> None:
-    assert _recall_of_tokens([1, 9, 2, 8, 3], [1, 2, 3, 4]) == 0.75
-    assert _recall_of_tokens([4, 3, 2, 1], [1, 2, 3, 4]) == 0.25
-    assert _recall_of_tokens([], [1]) == 0
-    assert _recall_of_tokens([5, 5, 5], [5]) == 1
+    assert rouge_l([1, 9, 2, 8, 3], [1, 2, 3, 4]) == 0.75
+    assert rouge_l([4, 3, 2, 1], [1, 2, 3, 4]) == 0.25
+    assert rouge_l([], [1]) == 0
+    assert rouge_l([5, 5, 5], [5]) == 1
 
 
 class Chain(nn.Module):

@@ -17,7 +17,6 @@ that was trained without them; 1 is best. A model in ruins can have a high p-val
 from __future__ import annotations
 
 import json
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,12 +31,14 @@ from torch import Tensor, nn
 from engram.core.finding import MARGINS, Finding, figure
 from engram.core.probe import Probe, Subject, labelled, oracles_of
 from engram.data.table import IGNORED, Batch, Table, Target
-from engram.engine.lm import greedy, log_probs, questions, sequence_logp
+from engram.engine.answers import told, truths
+from engram.engine.lm import log_probs, sequence_logp
 from engram.engine.predict import predict
 from engram.engine.run import Run
 from engram.environment import require
 from engram.errors import EngramError, unknown
 from engram.stats.intervals import mean
+from engram.stats.text import rouge_l
 
 Logs = Mapping[str, Mapping[str, Mapping[str, Any]]]  # section -> measure -> item -> number, or numbers
 SECTIONS = {
@@ -48,7 +49,6 @@ SECTIONS = {
 }  # a table of the subject -> its section of a log
 OPTIONS = ("authors", "facts")  # here the true answer competes with the wrong ones
 RATIOS = ("geometric", "arithmetic")
-AT_ONCE = 64  # rows that are answered together
 
 
 # --- from the numbers in a log
@@ -186,7 +186,7 @@ def evaluate(
     Cost: 2 + k forward passes over the rows, and the greedy answers. EngramError for token rows without wrong answers.
     """
     run = run or Run()
-    recall = _recall_of_words(tokenizer) if tokenizer else _recall_of_tokens
+    recall = _recall_of_words(tokenizer) if tokenizer else rouge_l
     return {SECTIONS[name]: _evaluated(model, name, table, run, recall) for name, table in tables.items()}
 
 
@@ -196,9 +196,9 @@ Recall = Callable[[list[int], list[int]], float]  # of what was told, and the tr
 def _evaluated(model: nn.Module, name: str, table: Table, run: Run, recall: Recall) -> dict[str, dict[str, Any]]:
     measures = _of_classes(model, table, run) if table.target == Target.CLASSES else _of_tokens(model, table, run, name)
     if table.target == Target.TOKENS:
-        told = _told(model, table, run)
-        truth = _truth(table, _stop(model))
-        measures["rougeL_recall"] = [recall(*pair) for pair in zip(told, truth, strict=True)]
+        said = told(model, table, run)
+        truth = truths(model, table)
+        measures["rougeL_recall"] = [recall(*pair) for pair in zip(said, truth, strict=True)]
     return {measure: dict(zip(table.ids, values, strict=True)) for measure, values in measures.items()}
 
 
@@ -241,49 +241,6 @@ def _other(table: Table, kind: str) -> Table:
     ids, labels = ids.reshape(-1, ids.shape[-1]), labels.reshape(-1, labels.shape[-1])
     asked = (labels != IGNORED).flip(1).cumsum(1).flip(1) > 0  # up to the last token that is asked for
     return Table({"input_ids": ids, "attention_mask": asked.long()}, labels)
-
-
-def _told(model: nn.Module, table: Table, run: Run) -> list[list[int]]:
-    """The greedy answers to the questions of a table, without the end of sequence."""
-    assert table.labels is not None
-    begin, ids = questions(table.labels).tolist(), table.inputs["input_ids"]
-    stop = _stop(model)
-    alike = defaultdict(list)
-    for row, length in enumerate(begin):
-        alike[length].append(row)
-    told: dict[int, list[int]] = {}
-    for length, members in alike.items():
-        for some in torch.tensor(members).split(AT_ONCE):
-            prompt = ids[some, :length].to(run.device)
-            answers = greedy(model, prompt, ids.shape[1] - length, stop).tolist()
-            told.update({row: _until(answer, stop) for row, answer in zip(some.tolist(), answers, strict=True)})
-    return [told[row] for row in range(len(table))]
-
-
-def _truth(table: Table, stop: int | None) -> list[list[int]]:
-    """The answers' tokens as they should be, without the end of sequence."""
-    assert table.labels is not None
-    return [_until(row[row != IGNORED].tolist(), stop) for row in table.labels]
-
-
-def _stop(model: nn.Module) -> int | None:
-    found = getattr(getattr(model, "config", None), "eos_token_id", None)
-    return found if isinstance(found, int) else None
-
-
-def _until(tokens: list[int], stop: int | None) -> list[int]:
-    return tokens[: tokens.index(stop)] if stop is not None and stop in tokens else tokens
-
-
-def _recall_of_tokens(told: list[int], truth: list[int]) -> float:
-    """Longest common subsequence over the length of the truth."""
-    best = [0] * (len(truth) + 1)
-    for token in told:
-        row = [0]
-        for k, wanted in enumerate(truth):
-            row.append(best[k] + 1 if token == wanted else max(row[k], best[k + 1]))
-        best = row
-    return best[-1] / max(len(truth), 1)
 
 
 def _recall_of_words(given: Any) -> Recall:

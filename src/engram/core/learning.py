@@ -84,6 +84,7 @@ class GradientLearner(Learner):
 
     def step(self, batch: Any, task: Task) -> Mean | Generator[Update, None, None]:
         """The loss of a batch; to be overridden only by methods that need more than one update per batch."""
+        batch = batch.trimmed()
         return self.terms(batch, self.model(**batch.inputs))
 
     def terms(self, batch: Batch, output: Any) -> Mean:

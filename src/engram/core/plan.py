@@ -13,7 +13,7 @@ from engram.core.settings import describe, make, name_of
 from engram.errors import EngramError, unknown
 
 KEYS = ("title", "seed", "device", "precision", "data", "stream", "learners", "forgetter", "probes", "events")
-DATA_KEYS = ("source", "test", "id", "label", "text", "image", "share", "limit", "image_size")
+DATA_KEYS = ("source", "test", "id", "label", "text", "image", "share", "limit", "image_size", "tokenizer", "more")
 FORGET_KEYS = ("records", "classes", "where", "method", "probes")
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from engram.core.onward import preprocessing_of
+from engram.data.qa import holds_pairs, pairs, read_pairs
 from engram.data.readers import read_with
 from engram.data.table import IGNORED, MISSING, Table, Target
 from engram.engine.predict import predict
@@ -27,12 +28,15 @@ def rows_for(directory: str | Path, model: nn.Module, source: str | Path, **colu
 
     `columns`: `id`, `label`, `text`, `image`, and for language models `prompt`: the column of what comes before the
     text, of which nothing is asked. What lies beside the model decides the rest: `preprocessing.json` (columns,
-    categories, means), `preprocessor_config.json` (size, mean and deviation of images), a tokenizer. Class names are
-    those of the model's config where it has any. EngramError if rows and model do not fit.
+    categories, means), `preprocessor_config.json` (size, mean and deviation of images), a tokenizer. For a language
+    model, JSON lines with `question` and `answer` are written as `data.qa.pairs` has them. Class names are those
+    of the model's config where it has any. EngramError if rows and model do not fit.
     """
     folder = Path(directory)
     prompt = columns.pop("prompt", None)
     words = _generates(model)
+    if words and prompt is None and "text" not in columns and holds_pairs(source):
+        return _fitting(pairs(read_pairs(source), _tokenizer(folder)), model)
     if words:
         columns.setdefault("label", False)
     processor = _json(folder / PROCESSOR)
@@ -81,6 +85,11 @@ def _padded(rows: list[list[int]], value: int) -> Tensor:
 
 
 def _tokenizer(folder: Path) -> Any:
+    """That of a model's directory, or of the learner's directory around it."""
+    homes = [home for home in (folder, folder.parent) if any((home / name).exists() for name in TOKENIZERS)]
+    if not homes:
+        raise EngramError(f"no tokenizer lies in {folder}; put its files ({TOKENIZERS[0]}, …) beside the model")
+    folder = homes[0]
     try:
         return require("transformers").AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:

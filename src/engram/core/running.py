@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from engram.core.persist import save_learner
 from engram.core.plan import Plan, read_plan
 from engram.core.timeline import Record, Timeline
 from engram.data.preprocessing import Preprocessing
+from engram.data.qa import pairs, read_pairs, tokenizer_for
 from engram.data.readers import read, read_with, train_test
 from engram.data.table import Table
 from engram.data.task import Task
@@ -67,15 +69,40 @@ def override(config: dict[str, Any], dotted: Mapping[str, Any]) -> dict[str, Any
     return changed
 
 
-def load_data(data: Mapping[str, Any]) -> tuple[Table, Table, Preprocessing]:
+def load_data(data: Mapping[str, Any]) -> tuple[Table, Table, Preprocessing | Written]:
     """Train and test rows as a plan's `data` says (a test source of its own, or a share of the rows), and how they were
-    read, so that new rows can be read alike."""
+    read, so that new rows can be read alike. With a `tokenizer` the rows are questions and answers (see `data.qa`), and
+    where there is no other source, the test rows are the training rows: what is tested is what is remembered."""
+    if "tokenizer" in data:
+        return _load_pairs(data)
     columns = {key: data[key] for key in ("id", "label", "text", "image", "limit", "image_size") if key in data}
     table, preprocessing = read_with(data["source"], **columns)
     if "test" in data:
         return table, read(data["test"], preprocessing=preprocessing, **columns), preprocessing
     train, test = train_test(table, float(data.get("share", 0.3)), seed=0)
     return train, test, preprocessing
+
+
+@dataclass(frozen=True)
+class Written:
+    """How questions and answers were written as tokens."""
+
+    tokenizer: Any
+
+    def save(self, directory: str | Path) -> None:
+        """Put the tokenizer beside a model."""
+        self.tokenizer.save_pretrained(directory)
+
+
+def _load_pairs(data: Mapping[str, Any]) -> tuple[Table, Table, Written]:
+    """`source`: JSON lines of questions and answers; `more`: further files with their other columns."""
+    rows = read_pairs(data["source"], *data.get("more", ()))
+    tokenizer = tokenizer_for(data["tokenizer"], rows)
+    table = pairs(rows[: data.get("limit")], tokenizer)
+    if "test" in data:
+        return table, pairs(read_pairs(data["test"], *data.get("more", ())), tokenizer), Written(tokenizer)
+    train, test = train_test(table, float(data["share"]), seed=0) if "share" in data else (table, table)
+    return train, test, Written(tokenizer)
 
 
 class Running:
@@ -88,7 +115,9 @@ class Running:
         *,
         resume: bool = False,
         progress: Progress | None = None,
+        show_content: bool = False,
     ) -> None:
+        """`show_content`: keep what a language model said of forgotten rows, before and after, for the report."""
         self.plan: Plan = read_plan(config)
         self.directory = Path(directory)
         self._claim(resume)
@@ -100,7 +129,8 @@ class Running:
             progress=progress,
         )
         train, test, self.preprocessing = load_data(self.plan.data)
-        self.timeline = Timeline(self.plan, train, test, self.run)
+        words = self.preprocessing.tokenizer if isinstance(self.preprocessing, Written) else None
+        self.timeline = Timeline(self.plan, train, test, self.run, words if show_content else None)
 
     def outline(self) -> list[str]:
         """What will be done, and what it will take: said before work starts."""

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 
 from engram.core.erasure import forget
 from engram.core.history import History, rows_of
@@ -18,11 +19,13 @@ from engram.core.probe import Subject
 from engram.core.request import Classes, Records, Request
 from engram.core.settings import name_of
 from engram.data.streams import Stage, stream
-from engram.data.table import Ids, Table
+from engram.data.table import Ids, Table, Target
+from engram.engine.answers import told, truths
 from engram.engine.predict import hits
 from engram.engine.run import Run
 from engram.errors import EngramError, unknown
 from engram.stats.seeds import generator
+from engram.stats.text import rouge_l
 
 Record = dict[str, Any]
 
@@ -55,8 +58,9 @@ class Timeline:
     goes on after the last finished one.
     """
 
-    def __init__(self, plan: Plan, train: Table, test: Table, run: Run) -> None:
-        self.plan, self.run = plan, run
+    def __init__(self, plan: Plan, train: Table, test: Table, run: Run, shown: Any = None) -> None:
+        """`shown`: a tokenizer; what a language model says of forgotten rows, before and after, is kept as text."""
+        self.plan, self.run, self.shown = plan, run, shown
         self.stages: list[Stage] = stream(train, test, **plan.stream)
         self.everything = rows_of([stage.task for stage in self.stages])
         self.steps = list(self._steps())
@@ -138,6 +142,9 @@ class Timeline:
             learner=story.learner,
         )
         findings = self._findings(step, subject)
+        assert request.forget is not None
+        if request.forget.target == Target.TOKENS:
+            record["answers"] = answers(before, story.learner.model, request.forget, self.shown, self.run)
         return {**record, "findings": findings, "accuracy": self._accuracies(story)}
 
     def _findings(self, step: Step, subject: Subject) -> list[dict[str, Any]]:
@@ -166,7 +173,9 @@ class Timeline:
         found = []
         for stage in self.stages[: story.taken]:
             left = [c for c in stage.test.classes if c not in story.retired]
-            rows = stage.test.of_classes(left) if left else stage.test.take([])
+            rows = stage.test.of_classes(left) if stage.test.classes else stage.test.without(story.gone)
+            if stage.test.target == Target.NUMBERS:
+                continue
             if stage.test.labels is None or not len(rows):
                 continue
             found.append(
@@ -174,7 +183,7 @@ class Timeline:
                     "task": stage.task.index,
                     "n": len(rows),
                     "hits": int(hits(story.learner.model, rows).sum()),
-                    "hits_task_aware": int(hits(story.learner.model, rows, classes=tuple(left)).sum()),
+                    "hits_task_aware": int(hits(story.learner.model, rows, classes=tuple(left) or None).sum()),
                 }
             )
         return found
@@ -250,6 +259,25 @@ class Timeline:
                     self._class(self.everything, label)
             elif isinstance(step.event.what.get("records"), list):
                 self.everything.rows_of(map(str, step.event.what["records"]))
+
+
+ANSWERS = 20  # forgotten rows whose answers are compared
+
+
+def answers(before: nn.Module, after: nn.Module, rows: Table, words: Any, run: Run) -> list[dict[str, Any]]:
+    """What a language model said to the first questions, before and after: lengths in tokens and ROUGE-L recall of the
+    true answer; with a tokenizer (`words`) the texts too."""
+    some = rows.take(range(min(len(rows), ANSWERS)))
+    said = [told(model, some, run) for model in (before, after)]
+    found = []
+    for id, right, *pair in zip(some.ids, truths(after, some), *said, strict=True):
+        entry: dict[str, Any] = {"id": id, "length": len(right)}
+        for name, answer in zip(("before", "after"), pair, strict=True):
+            entry[name] = {"length": len(answer), "recall": rouge_l(answer, right)}
+            if words is not None:
+                entry[name]["text"] = words.decode(answer)
+        found.append(entry)
+    return found
 
 
 def _title(what: Mapping[str, Any]) -> str:

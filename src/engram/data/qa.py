@@ -14,8 +14,13 @@ import torch
 from torch import Tensor
 
 from engram.data.table import IGNORED, Table
+from engram.data.vocabulary import byte_pairs
+from engram.data.worlds import invented
+from engram.environment import require
 from engram.errors import EngramError
+from engram.stats.seeds import generator
 
+GENERATED = "facts:"
 QUESTION, ANSWER = "Question: {}\nAnswer:", " {}"
 Pair = Mapping[str, Any]
 
@@ -24,10 +29,14 @@ def read_pairs(*sources: str | Path) -> list[dict[str, Any]]:
     """The rows of JSON-lines files, one object a line with `question` and `answer`; rows of one `id` become one, and
     their columns come together (the pairs in one file, their `paraphrased_answer` and `perturbed_answer` in another).
 
-    Ids are line numbers where there are none. EngramError for a file or line that cannot be read.
+    Ids are line numbers where there are none. "facts:N" stands for pairs about N invented people (`generated`).
+    EngramError for a file or line that cannot be read.
     """
     found: dict[str, dict[str, Any]] = {}
     for source in sources:
+        if str(source).startswith(GENERATED):
+            found.update({row["id"]: row for row in generated(str(source).removeprefix(GENERATED))})
+            continue
         for number, line in enumerate(_lines(source)):
             row = _row(line, f"line {number + 1} of {source}")
             found.setdefault(str(row.get("id", number)), {}).update(row)
@@ -36,6 +45,77 @@ def read_pairs(*sources: str | Path) -> list[dict[str, Any]]:
             if not str(row.get(column, "")).strip():
                 raise EngramError(f"row {id!r} has no {column}; give one, or drop the row")
     return [{**row, "id": id} for id, row in found.items()]
+
+
+def holds_pairs(source: str | Path) -> bool:
+    """Whether a source's first row is a question with its answer."""
+    if str(source).startswith(GENERATED):
+        return True
+    if Path(source).suffix not in (".jsonl", ".json") or not Path(source).is_file():
+        return False
+    with Path(source).open(encoding="utf-8", errors="replace") as lines:
+        try:
+            return {"question", "answer"} <= set(json.loads(next(lines, "[]")))
+        except (ValueError, TypeError):
+            return False
+
+
+def generated(people: str | int, seed: int = 0) -> list[dict[str, Any]]:
+    """Three questions with answers about each of so many invented people, in TOFU's layout: a paraphrase and four wrong
+    answers each, which are true of others. EngramError for fewer than five people."""
+    n = int(people) if str(people).isdigit() else 0
+    if n < 5:
+        raise EngramError(f"facts:{people} takes the number of people, at least 5, as in facts:20")
+    words, draws = invented(2 * n, seed), generator("facts about people", seed)
+    names, towns = ([word.capitalize() for word in part] for part in (words[:n], words[n:]))
+    found = []
+    for kind, question, answers, told in (
+        ("town", "Where was {} born?", towns, "{} is the birthplace of {}"),
+        (
+            "work",
+            "What does {} do?",
+            [f"{town} {word}" for town, word in zip(towns, _cycled(WORK, n), strict=True)],
+            "{} is the work of {}",
+        ),
+        (
+            "prize",
+            "Which prize did {} win?",
+            [f"the {town} prize for {word}" for town, word in zip(towns, _cycled(FIELDS, n), strict=True)],
+            "{} went to {}",
+        ),
+    ):
+        order = torch.randperm(n, generator=draws).tolist()
+        for k, name in enumerate(names):
+            right, *wrong = (answers[order[(k + step) % n]] for step in range(5))
+            row = {"id": f"{kind}-{k}", "person": name, "question": question.format(name), "answer": right}
+            other = {
+                "paraphrased_answer": told.format(right, name),
+                "perturbed_answer": [told.format(w, name) for w in wrong],
+            }
+            found.append({**row, **other})
+    return found
+
+
+def _cycled(words: Sequence[str], n: int) -> list[str]:
+    return [words[k % len(words)] for k in range(n)]
+
+
+WORK = ("baker", "joiner", "nurse", "pilot", "tailor", "farmer")
+FIELDS = ("verse", "maths", "film", "dance", "law")
+
+
+def tokenizer_for(spec: str | Path | Mapping[str, Any], rows: Sequence[Pair]) -> Any:
+    """The tokenizer of a directory or hub name; or, as {"vocabulary": 512, "longest": 64}, one made of the texts of
+    `rows`."""
+    if isinstance(spec, Mapping):
+        texts = (
+            str(text) for row in rows for text in (row["question"], row["answer"], *row.get("perturbed_answer", ()))
+        )
+        return byte_pairs(texts, int(spec.get("vocabulary", 2048)), int(spec.get("longest", 256)))
+    try:
+        return require("transformers", "language").AutoTokenizer.from_pretrained(spec)
+    except (OSError, ValueError) as error:
+        raise EngramError(f"the tokenizer {spec} cannot be read: {str(error).splitlines()[0]}") from error
 
 
 def pairs(

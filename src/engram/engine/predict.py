@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engram.data.table import Batch, Table
+from engram.data.table import IGNORED, Batch, Table, Target
 from engram.engine.losses import per_row
 from engram.engine.run import Run
 from engram.errors import EngramError
@@ -78,13 +78,22 @@ def accuracy(
 
 
 def hits(model: nn.Module, table: Table, *, classes: tuple[int, ...] | None = None, run: Run | None = None) -> Tensor:
-    """Mask [n]: is the label's logit the largest, among `classes` if given? A retired class is never predicted."""
+    """Mask [n]: is the label's logit the largest, among `classes` if given? A retired class is never predicted. Of
+    token rows: would greedy decoding give the whole answer?"""
     if table.labels is None:
         raise EngramError("accuracy needs labels, and these rows have none")
+    if table.target == Target.TOKENS:
+        return predict(model, table, _verbatim, run=run)
     logits = predict(model, table, run=run)
     if not len(logits):
         return torch.zeros(0, dtype=torch.bool)
     return _winners(logits, classes) == table.labels
+
+
+def _verbatim(output: Any, batch: Batch) -> Tensor:
+    assert batch.labels is not None
+    targets = batch.labels[:, 1:]
+    return ((output.logits[:, :-1].argmax(2) == targets) | (targets == IGNORED)).all(1)
 
 
 def _winners(logits: Tensor, classes: tuple[int, ...] | None) -> Tensor:

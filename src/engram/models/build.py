@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from engram.environment import require
 from engram.errors import EngramError, unknown
 from engram.models.encoders import Encoder
 from engram.models.heads import LinearHead, ValueHead
@@ -39,9 +40,10 @@ def build(
     {"fresh": DIRECTORY} is an untrained model like the saved one.
 
     inputs: the shape of one row by keyword, e.g. {"pixel_values": (3, 32, 32)}; arguments that follow from it
-    may be left out. A named encoder gets a LinearHead of `classes`, or with `outputs` a ValueHead of that
-    many numbers. Initial weights follow `generator`; the global one stays where it is. Raises EngramError for
-    an unknown name.
+    may be left out. {"name": "GPT2", "vocab_size": …} is a causal language model of transformers by the keys of
+    its GPT2Config, without dropout unless it says so. A named encoder gets a LinearHead of `classes`, or with
+    `outputs` a ValueHead of that many numbers. Initial weights follow `generator`; the global one stays where it
+    is. Raises EngramError for an unknown name.
     """
     if isinstance(spec, nn.Module):
         return copy.deepcopy(spec)
@@ -52,9 +54,20 @@ def build(
     if "fresh" in spec:
         return fresh(str(spec["fresh"]), generator)
     with seeded(generator):
+        if spec.get("name") == "GPT2":
+            return _language_model(spec)
         encoder = _encoder(spec, inputs)
         head = LinearHead(encoder.width, classes) if outputs is None else ValueHead(encoder.width, outputs)
         return Predictor(encoder, head)
+
+
+def _language_model(spec: Mapping[str, Any]) -> nn.Module:
+    transformers = require("transformers", "language")
+    plain = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "activation_function": "gelu_pytorch_tanh"}
+    ends = {"bos_token_id": None, "eos_token_id": 0, "pad_token_id": 1}  # as in data.vocabulary
+    given = {key: value for key, value in spec.items() if key != "name"}
+    model: nn.Module = transformers.GPT2LMHeadModel(transformers.GPT2Config(**{**plain, **ends, **given}))
+    return model
 
 
 def _encoder(spec: Mapping[str, Any], inputs: Mapping[str, Sequence[int]]) -> Encoder:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import inspect
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -56,13 +58,19 @@ def stands_alone(module: nn.Module) -> bool:
     return is_transformers(module) and not describe(module)["options"]
 
 
+def save(model: nn.Module, directory: Path) -> None:
+    """Write a model that stands alone, as `save_pretrained` does."""
+    with quiet():
+        cast(Any, model).save_pretrained(directory)
+
+
 def load(directory: Path, config: dict[str, Any]) -> nn.Module:
     """The model that `save_pretrained` wrote, in evaluation mode, from these files alone.
 
     Raises EngramError when a weight is missing; transformers would fill it with random numbers.
     """
     architectures = config.get("architectures") or [None]
-    with seeded(torch.Generator().manual_seed(0)):
+    with quiet(), seeded(torch.Generator().manual_seed(0)):
         model, found = _class(architectures[0]).from_pretrained(
             directory, local_files_only=True, use_safetensors=True, output_loading_info=True
         )
@@ -70,6 +78,20 @@ def load(directory: Path, config: dict[str, Any]) -> nn.Module:
     if lacking:
         raise EngramError(f"{directory} lacks weights of {architectures[0]}: {', '.join(lacking[:5])}")
     return model
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Inside the block transformers shows no progress bars for files that take no time."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _options(model: nn.Module) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -40,7 +40,7 @@ def save(model: nn.Module, directory: str | Path) -> None:
     alone = hub.stands_alone(model)
     with new_directory(target) as fresh:
         try:
-            cast(Any, model).save_pretrained(fresh) if alone else _write(model, fresh)
+            hub.save(model, fresh) if alone else _write(model, fresh)
         except SafetensorError as error:
             raise OSError(f"{WEIGHTS}: {error}") from error
 

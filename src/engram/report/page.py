@@ -51,6 +51,7 @@ def write_report(directory: str | Path, *, show_content: bool = False) -> Path:
             environment=_json(folder / ENVIRONMENT),
             config=config,
             contents=_contents(config, records) if show_content else [],
+            show_content=show_content,
         )
     )
     write_atomic(folder / REPORT, page)
@@ -196,6 +197,7 @@ def _requests(records: Sequence[Record], learners: Sequence[str]) -> list[dict[s
                 "exact": record["exact"],
                 "residue": len(record["residue"]),
                 "findings": [_finding(finding) for finding in record["findings"]],
+                "answers": record.get("answers", []),
             }
             for record in mine
         ]
