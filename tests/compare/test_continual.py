@@ -12,9 +12,11 @@ import pytest
 
 import engram.compare.continual as module
 from engram.cli import main
-from engram.compare.continual import Comparison, Contest, bytes_of, configured, follow, summarise
+from engram.compare.continual import Comparison, Contest, bytes_of, configured, follow, operations, summarise
+from engram.data.streams import class_stream
 from engram.engine.run import Run
 from engram.errors import EngramError
+from engram.keep.finetune import Finetune
 from engram.keep.nmc import NMC
 
 PLAN = Comparison(
@@ -62,6 +64,16 @@ def test_what_learners_hold_is_measured(done: tuple[Path, Rows]) -> None:
     held = {name: rows[f"keep.{name}", 0]["rows held"] for name in PLAN.learners}
     assert held == {"NMC": 0, "Finetune": 0, "Replay": 60, "Joint": train}
     assert rows["keep.Joint", 0]["bytes per task"] > rows["keep.NMC", 0]["bytes per task"] > 0
+
+
+def test_operations_are_those_of_the_matrix_products() -> None:
+    """Forward, gradients of both weights, and the gradient that passes back through the head."""
+    train, test = Contest(PLAN, Path("unused")).train, Contest(PLAN, Path("unused")).test
+    first, *_ = class_stream(train, test, base=4, increment=3)
+    learner = Finetune(network={"name": "MLP", "hidden": [32]}, epochs=2)
+    n, inside, head = len(first.task.train), 64 * 32, 32 * 4
+    assert operations(learner, first, Run()) == 2 * 2 * n * (2 * inside + 3 * head)
+    assert not learner.started  # a copy did the work
 
 
 def test_rehearsal_beats_plain_fine_tuning_and_joint_training_beats_both(done: tuple[Path, Rows]) -> None:

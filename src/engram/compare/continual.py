@@ -19,10 +19,11 @@ from typing import Any
 
 import numpy as np
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from engram import catalogue
 from engram.compare.work import FORMAT, Row, Work, spread
-from engram.core.learner import Learner
+from engram.core.learner import Learner, fork
 from engram.core.settings import make
 from engram.data.buffer import Buffer
 from engram.data.streams import Stage, class_stream
@@ -46,6 +47,7 @@ MEASURES = (
     "bytes",
     "bytes per task",
     "rows held",
+    "GFLOP of a task",
     "seconds",
 )
 
@@ -156,6 +158,7 @@ class Contest(Work):
             "bytes": course.memory[-1],
             "bytes per task": (course.memory[-1] - course.memory[0]) / max(1, len(stages) - 1),
             "rows held": _stored(learner),
+            "GFLOP of a task": course.flops / 1e9,
             "seconds": time.process_time() - start,
             "accuracy matrix": {"class": course.matrix.tolist(), "task": course.aware.tolist()},
         }
@@ -164,12 +167,13 @@ class Contest(Work):
 @dataclass(frozen=True)
 class Course:
     """What a learner showed along a stream: accuracy [T, T] among all classes seen and among the task's own, the sizes
-    of the test sets, and bytes held after every task."""
+    of the test sets, bytes held after every task, and the floating-point operations that the second task took."""
 
     matrix: np.ndarray
     aware: np.ndarray
     sizes: list[int]
     memory: list[int]
+    flops: int
 
     def figures(self) -> dict[str, float]:
         """The protocol's metrics; task means unless said otherwise."""
@@ -185,11 +189,14 @@ class Course:
 
 
 def follow(learner: Learner, stages: Sequence[Stage], run: Run) -> Course:
-    """Take a learner along a stream; every task so far is tested after every task."""
+    """Take a learner along a stream; every task so far is tested after every task. Operations are counted on a copy of
+    the learner, which takes in the second task (the first, if it is the only one) besides."""
     count = len(stages)
     matrix, aware = np.full((count, count), np.nan), np.full((count, count), np.nan)
-    memory = []
+    memory, counted = [], min(1, count - 1)
     for k, stage in enumerate(stages):
+        if k == counted:
+            flops = operations(learner, stage, run)
         learner.learn(stage.task, run)
         learner.refresh(run)
         for j, earlier in enumerate(stages[: k + 1]):
@@ -197,7 +204,15 @@ def follow(learner: Learner, stages: Sequence[Stage], run: Run) -> Course:
             own = earlier.task.classes
             aware[k, j] = float(hits(learner.model, earlier.test, classes=own).double().mean())
         memory.append(bytes_of(learner.state_dict()))
-    return Course(matrix, aware, [len(stage.test) for stage in stages], memory)
+    return Course(matrix, aware, [len(stage.test) for stage in stages], memory, flops)
+
+
+def operations(learner: Learner, stage: Stage, run: Run) -> int:
+    """Floating-point operations of matrix products and convolutions while a copy of the learner takes in a task;
+    solving and decomposing are not counted."""
+    with FlopCounterMode(display=False) as counter:
+        fork(learner).learn(stage.task, Run(seed=run.seed))
+    return counter.get_total_flops()
 
 
 def bytes_of(state: Any) -> int:
