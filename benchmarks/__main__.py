@@ -6,7 +6,7 @@ import os
 import sys
 from importlib import import_module
 
-MODULES = ("engine", "many", "forgetting")
+MODULES = ("engine", "many", "forgetting", "keeping", "preference")
 
 
 def main() -> None:
