@@ -15,8 +15,9 @@ Published with a further phase on the first task (AugMix inside Lookahead), whic
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -33,12 +34,29 @@ from engram.engine.run import Run
 from engram.errors import EngramError, unknown
 from engram.models.frozen import frozen_encoder
 from engram.models.heads import MatrixHead
-from engram.stats.linear import CLASSIFIERS, Linear
+from engram.stats.linear import BLOCKWISE, CLASSIFIERS, Blocks, Linear
 from engram.stats.moments import ClassMeans
 
 SELECTIONS = ("euclidean", "cosine", "random")
 FC = Optimizer("sgd", lr=0.05, weight_decay=5e-4, schedule="cosine")
 BASE = Optimizer("sgd", lr=0.1, weight_decay=1e-4, schedule="steps", milestones=(1 / 3, 2 / 3))
+
+
+class Translated(NamedTuple):
+    """Raw features of every class [k], own or translated: `blocks()` gives (column of the class, rows [n, d])."""
+
+    classes: Tensor
+    blocks: Blocks
+
+    def unit(self) -> Iterator[tuple[int, Tensor]]:
+        """The blocks, every row at unit length."""
+        return ((column, F.normalize(rows, dim=1, eps=1e-12)) for column, rows in self.blocks())
+
+    def together(self) -> tuple[Tensor, Tensor]:
+        """Features [N, d] and labels [N] of all classes."""
+        found = list(self.blocks())
+        labels = [self.classes[column].expand(len(rows)) for column, rows in found]
+        return torch.cat([rows for _, rows in found]), torch.cat(labels)
 
 
 @dataclass(kw_only=True, eq=False)
@@ -57,7 +75,8 @@ class FeTrIL(FrozenLearner):
     So are the rows that `network` was trained on, for good.
 
     Cost of a task of n rows: O(C n d) to translate for all past classes, and the classifier; memory C (d +
-    1).
+    1). "svc" and "ridge" see translated features class by class, as often as they need them; the others hold
+    all of them at once.
     """
 
     selection: str | int = "euclidean"
@@ -95,15 +114,17 @@ class FeTrIL(FrozenLearner):
         with run.scope("learn"):
             self.begin(task, run)
             self.means.add(task.train)
-            features, labels = self.pseudo_features(task, run)
-            classes, weight, bias = self.fit(features, labels, run)
-            self.put(classes, weight, bias)
+            self.put(*self.fit(self.translated(task, run), run))
             self.fitted.ids = set(self.means.labels)
 
     def pseudo_features(self, task: Task, run: Run) -> tuple[Tensor, Tensor]:
         """Raw features [N, d] and labels [N] of all classes that hold rows: own, or translated from their
         source.
         """
+        return self.translated(task, run).together()
+
+    def translated(self, task: Task, run: Run) -> Translated:
+        """The same class by class, as often as it is asked for: never together in memory."""
         features, labels = self._encode(task.train)
         here = ClassMeans(features.shape[1])
         here.add(features, labels)
@@ -111,8 +132,11 @@ class FeTrIL(FrozenLearner):
         sources = self.sources(sums.classes, sums.mean, here.classes, here.mean, run)
         shifts = self.shifts(sums.mean, here.mean[sources])
         rows = [(labels == here.classes[source]).nonzero()[:, 0] for source in sources.tolist()]
-        each = torch.arange(len(rows)).repeat_interleave(torch.tensor([len(part) for part in rows]))
-        return features[torch.cat(rows)] + shifts[each], sums.classes[each]
+
+        def blocks() -> Iterator[tuple[int, Tensor]]:
+            return ((k, features[own] + shift) for k, (own, shift) in enumerate(zip(rows, shifts, strict=True)))
+
+        return Translated(sums.classes, blocks)
 
     def shifts(self, means: Tensor, own: Tensor) -> Tensor:
         """What takes features of a source to a class: mu(p) - mu(n), [C, d]."""
@@ -127,10 +151,13 @@ class FeTrIL(FrozenLearner):
         own_place = classes[:, None] == here[None, :]
         return torch.where(own_place.any(1), own_place.int().argmax(1), self._nearest(means, own, run))
 
-    def fit(self, features: Tensor, labels: Tensor, run: Run) -> Linear:
-        """The linear classifier on these features [N, d]."""
+    def fit(self, rows: Translated, run: Run) -> Linear:
+        """The linear classifier on these features."""
         if self.classifier == "fc":
-            return self._fit_fc(features, labels, run)
+            return self._fit_fc(*rows.together(), run)
+        if self.classifier in BLOCKWISE:
+            return BLOCKWISE[self.classifier](rows.classes, rows.unit, C=self.C)
+        features, labels = rows.together()
         return CLASSIFIERS[self.classifier](F.normalize(features, dim=1, eps=1e-12), labels, C=self.C)
 
     def solve(self, run: Run) -> None:

@@ -11,7 +11,9 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.svm import LinearSVC
 from torch import Tensor
 
+from engram.errors import EngramError
 from engram.stats.ridge import Ridge
+from engram.stats.svm import Blocks, squared_hinge
 
 
 class Linear(NamedTuple):
@@ -41,6 +43,27 @@ def ridge_classifier(x: Tensor, y: Tensor, *, C: float = 1.0) -> Linear:
     return Linear(classes, ridge.weights[:-1], ridge.weights[-1])
 
 
+def svc_of_blocks(classes: Tensor, blocks: Blocks, *, C: float = 1.0, tol: float = 1e-5) -> Linear:
+    """What `linear_svc` finds, for rows that come class by class and never stand together in memory."""
+    if len(classes) < 2:
+        width = next((rows.shape[1] for _, rows in blocks()), 0)
+        return Linear(classes, torch.zeros(width, len(classes)).double(), torch.zeros(len(classes)).double())
+    return Linear(classes, *squared_hinge(blocks, len(classes), C=C, tol=tol))
+
+
+def ridge_of_blocks(classes: Tensor, blocks: Blocks, *, C: float = 1.0) -> Linear:
+    """What `ridge_classifier` finds, for rows that come class by class."""
+    ridge: Ridge | None = None
+    for column, rows in blocks():
+        ridge = ridge or Ridge(rows.shape[1] + 1, 1 / C, device=rows.device)
+        target = torch.nn.functional.one_hot(torch.full((len(rows),), column), len(classes))
+        ridge.add(torch.cat([rows.double(), rows.new_ones(len(rows), 1).double()], 1), target.to(rows.device))
+    if ridge is None:
+        raise EngramError("a classifier cannot be fitted on no rows")
+    return Linear(classes, ridge.weights[:-1], ridge.weights[-1])
+
+
+BLOCKWISE: dict[str, Callable[..., Linear]] = {"svc": svc_of_blocks, "ridge": ridge_of_blocks}
 CLASSIFIERS: dict[str, Callable[..., Linear]] = {
     "svc": linear_svc, "logistic": logistic, "ridge": ridge_classifier,
 }  # fmt: skip
