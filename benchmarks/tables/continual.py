@@ -1,0 +1,98 @@
+"""Learners side by side along four streams of frozen features: the tables of `engram compare continual` as a page."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.tables.common import arguments, page, said, write
+from engram.compare.continual import Comparison, Contest, summarise
+from engram.engine.progress import Terminal
+
+STREAMS = {  # title: (files, classes of the first task, of each further one)
+    "Fashion-MNIST, (2, 2, 5)": ("fashion_mnist", 2, 2),
+    "CIFAR-100, (50, 10, 6)": ("cifar100", 50, 10),
+    "CIFAR-100, (10, 10, 10)": ("cifar100", 10, 10),
+    "CLINC150, (15, 15, 10)": ("clinc150", 15, 15),
+}
+MEASURES = {
+    "incremental accuracy": "incremental",
+    "final accuracy": "final",
+    "task-aware final": "final, task known",
+    "forgetting": "forgetting",
+    "learning accuracy": "just learnt",
+}
+INTRO = """Every learner sees the same frozen features, which `python -m benchmarks.features` writes: images through the
+ResNet-56 trained on CIFAR-10 (64 numbers), sentences through MiniLM (384). A learner that trains a network
+trains an MLP with one hidden layer of 128 on them, {epochs} epochs a task. Class orders: seeds 1993, 1994,
+1995; mean ± half of the 95 % t interval over them. Every learner tried at most {trials} learning rates within
+{budget:.0f} seconds on a class order of its own; the best was frozen. Accuracies are task means among all
+classes seen. kB: of the model and all state after the last task. GFLOP: while the second task is learnt.
+Methods that need images, names of classes or other means are not here."""
+
+
+def main() -> None:
+    """Do the comparisons in CACHE/continual (they go on where they were) and write the page."""
+    torch.set_num_threads(1)
+    parser = arguments(__doc__)
+    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--trials", type=int, default=2)
+    parser.add_argument("--budget", type=float, default=15.0)
+    parser.add_argument("--buffer", type=int, default=500)
+    parser.add_argument("--learners", nargs="+", default=[])
+    given = parser.parse_args()
+    parts = [INTRO.format(epochs=given.epochs, trials=given.trials, budget=given.budget)]
+    for title, (name, base, increment) in STREAMS.items():
+        plan = Comparison(
+            str(given.data / f"{name}-train.parquet"),
+            str(given.data / f"{name}-test.parquet"),
+            base=base,
+            increment=increment,
+            learners=tuple(given.learners),
+            common={
+                "network": {"name": "MLP", "hidden": [128]},
+                "epochs": given.epochs,
+                "buffer": given.buffer,
+                "classes_total": 150,
+            },
+            trials=given.trials,
+            budget=given.budget,
+        )
+        out = given.cache / "continual" / f"{name}-{base}-{increment}"
+        parts.append(f"## {title}\n\n{table(summarise(Contest(plan, out, Terminal()).execute()))}")
+        print(title, "done", flush=True)
+        write(Path(given.out), page("Learners side by side", "\n\n".join(parts), said()))
+
+
+def table(summary: Mapping[str, Any]) -> str:
+    """Learners by incremental accuracy, in percent."""
+    lines = [
+        f"| learner | {' | '.join(MEASURES.values())} | rows held | kB | GFLOP | learning rate |",
+        f"|---|{'---:|' * (len(MEASURES) + 3)}---|",
+    ]
+    failed = []
+    for entry in summary["learners"]:
+        values = entry["measures"]
+        if not values["incremental accuracy"]:
+            failed.append(f"`{entry['learner']}`: {entry['failed'][0]}")
+            continue
+        cells = [_percent(values[key]) for key in MEASURES]
+        held = [
+            f"{values['rows held'][0]:.0f}",
+            f"{values['bytes'][0] / 1024:.0f}",
+            f"{values['GFLOP of a task'][0]:.1f}",
+        ]
+        rate = f"× {entry['setting']['lr']:g}" if "lr" in entry["setting"] else "its own"
+        lines.append(f"| `{entry['learner']}` | {' | '.join([*cells, *held])} | {rate} |")
+    return "\n".join([*lines, *(["", "Failed: " + "; ".join(failed)] if failed else [])])
+
+
+def _percent(found: list[float] | None) -> str:
+    return "–" if not found else f"{100 * found[0]:.1f} ± {100 * found[1]:.1f}"
+
+
+if __name__ == "__main__":
+    main()
