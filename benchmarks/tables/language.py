@@ -12,8 +12,8 @@ from engram.compare.language import Comparison, Contest, summarise
 from engram.engine.progress import Terminal
 
 MEASURES = ("utility", "forget probability", "forget ROUGE-L", "retain probability", "retain ROUGE-L")
-INTRO = """TOFU: {authors} authors, {pairs} pairs, learnt by a GPT-2 of 128 wide and two layers with a byte-pair tokenizer
-of 2,048 tokens, trained from nothing for {epochs} epochs. Before anything is forgotten {known:.1%} of the
+INTRO = """TOFU: {authors} authors, {pairs} pairs, learnt by a GPT-2 of 128 wide and two layers with a byte-pair
+tokenizer of 2,048 tokens, trained from nothing for {epochs} epochs. Before anything is forgotten {known:.1%} of the
 answers come back by greedy decoding with a ROUGE-L recall of 0.95 or more ({exact:.1%} word for word), and
 {others:.1%} of those of authors that were never seen. Then a share of the authors must be forgotten. Forget
 quality is the p-value of a Kolmogorov-Smirnov test against the model of the same seed that was trained without
