@@ -27,8 +27,11 @@ half of the 95 % t interval over three seeds. Every method tried {trials} settin
 def main() -> None:
     """Do the comparison in CACHE/language (it goes on where it was) and write the page."""
     torch.set_num_threads(1)
-    given = arguments(__doc__).parse_args()
-    plan = Comparison(str(given.data / "tofu"))
+    parser = arguments(__doc__)
+    parser.add_argument("--methods", nargs="+", default=[], help="default: all")
+    parser.add_argument("--points", nargs="+", type=int, default=[4, 10], help="epochs that are measured")
+    given = parser.parse_args()
+    plan = Comparison(str(given.data / "tofu"), methods=tuple(given.methods), points=tuple(given.points))
     contest = Contest(plan, given.cache / "language", Terminal())
     rows = contest.execute()
     summary = summarise(rows)
