@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from engram.core.learner import Learner
+from engram.core.learner import Learner, require_labels
 from engram.core.needs import NOTHING, Need, Needs, needs, require_processes
 from engram.core.request import Request
 from engram.core.settings import name_of
@@ -121,6 +121,7 @@ class FrozenLearner(Learner):
     def begin(self, task: Task, run: Run) -> None:
         """Build the predictor for the first task, make room for new classes; EngramError without labels."""
         require_processes(name_of(self), self.processes)
+        require_labels(task)
         _labels(task.train)
         if not self.started:
             encoder = self.encoder(task, run).eval().requires_grad_(False)

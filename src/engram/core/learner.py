@@ -12,7 +12,7 @@ from engram.core.needs import NOTHING, Needs
 from engram.core.request import Request
 from engram.core.settings import settings
 from engram.core.trace import State, Trace
-from engram.data.table import Ids, Table
+from engram.data.table import IGNORED, MISSING, Ids, Table
 from engram.data.task import Task
 from engram.engine.run import Run
 from engram.errors import EngramError
@@ -112,6 +112,21 @@ class Forgetful(Protocol):
 
     def forget(self, request: Request, run: Run | None = None) -> Ids:
         """Take the request's rows out of model and traces; the residue ids, none where forgetting is exact."""
+
+
+def require_labels(task: Task) -> None:
+    """EngramError for a task of which no row has a label: there is nothing to learn from."""
+    labels = task.train.labels
+    if labels is None or not len(labels):
+        known = False
+    elif labels.is_floating_point():
+        known = not bool(labels.isnan().all())
+    else:
+        known = bool((labels != (MISSING if labels.ndim == 1 else IGNORED)).any())
+    if not known:
+        raise EngramError(
+            f"task {task.index} holds no row with a label, so there is nothing to learn from; leave it out"
+        )
 
 
 def fork(learner: Learner) -> Learner:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from engram.core.learner import Learner
+from engram.core.learner import Learner, require_labels
 from engram.core.needs import require_processes
 from engram.core.settings import name_of
 from engram.core.trace import Seen
@@ -48,6 +48,7 @@ class GradientLearner(Learner):
     def learn(self, task: Task, run: Run | None = None) -> None:
         """Train on the task's rows. Cost: epochs times rows, forward and backward."""
         require_processes(name_of(self), self.processes)
+        require_labels(task)
         run = run or Run()
         with run.scope("learn"):
             self._prepare(task, run)

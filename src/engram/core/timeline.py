@@ -107,8 +107,10 @@ class Timeline:
 
     def _learn(self, step: Step, story: Story) -> Record:
         task = self.stages[step.task or 0].task
-        story.learner.learn(task.without(story.gone), self.run)
-        story.learner.refresh(self.run)
+        left = task.without(story.gone)
+        if len(left.train):
+            story.learner.learn(left, self.run)
+            story.learner.refresh(self.run)
         record = {**self._entry(step, story), "rows": len(task.train), "classes": list(task.classes)}
         self._note(step, story, record)
         return {**record, "accuracy": self._accuracies(story)}

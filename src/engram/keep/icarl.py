@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from engram.core.learner import require_labels
 from engram.core.learning import GradientLearner
 from engram.core.needs import Need, Needs, needs
 from engram.core.trace import State
@@ -75,6 +76,7 @@ class ICaRL(GradientLearner):
 
     def learn(self, task: Task, run: Run | None = None) -> None:
         """Train on the task's rows and the exemplars; choose new ones."""
+        require_labels(task)
         self.brought = task.train.classes
         rows = task.train.of_classes(self.brought).concat(self.kept.table.without(task.train.ids))
         if self.trained is not None:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engram.core.frozen import FrozenLearner
-from engram.core.learner import Learner
+from engram.core.learner import Learner, require_labels
 from engram.core.request import Request
 from engram.data.buffer import Buffer
 from engram.data.table import Ids, Table
@@ -54,6 +54,7 @@ class Joint(Learner):
         return cls(network={"name": "MLP", "hidden": [32]}, epochs=3, batch_size=32)
 
     def learn(self, task: Task, run: Run | None = None) -> None:
+        require_labels(task)
         self.rows.offer(task.train)
         self._train(run or Run())
 
