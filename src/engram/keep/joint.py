@@ -99,8 +99,9 @@ class JointHead(FrozenLearner):
 
     def learn(self, task: Task, run: Run | None = None) -> None:
         run = run or Run()
-        self.begin(task, run)
-        self.rows.offer(Table({"values": self.features(task.train, run)}, task.train.labels, task.train.ids))
+        if len(task.train):  # without rows, it is fitted on those that it has
+            self.begin(task, run)
+            self.rows.offer(Table({"values": self.features(task.train, run)}, task.train.labels, task.train.ids))
         self.solve(run)
 
     def solve(self, run: Run) -> None:
