@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from engram.data.table import IGNORED, MISSING
-from engram.engine.losses import Mean, binary_by_class, by_target, distil, per_row, token_losses
+from engram.engine.losses import Mean, binary_by_class, by_target, distil, per_row, supcon, token_losses
 from engram.stats.seeds import generator
 
 CLASSES = torch.tensor([2, 0, MISSING, 1])
@@ -146,3 +146,46 @@ def test_weights_of_a_loss_weigh_its_gradient() -> None:
     x = torch.tensor([1.0, 2.0], requires_grad=True)
     (Mean.of(x) - 0.5 * Mean.over(x[:1].sum(), 4)).value.backward()
     assert x.grad is not None and x.grad.tolist() == [0.5 - 0.125, 0.5]
+
+
+def contrast(z: Tensor, y: list[int], temperature: float) -> list[float]:
+    """The supervised contrastive loss of each anchor that has a partner, pair by pair."""
+    u = [row / row.norm() for row in z.double()]
+    losses = []
+    for i, label in enumerate(y):
+        others = [a for a in range(len(y)) if a != i]
+        chances = softmax([float(u[i] @ u[a]) / temperature for a in others])
+        own = [-math.log(p) for p, a in zip(chances, others, strict=True) if y[a] == label]
+        losses += [sum(own) / len(own)] if own else []
+    return losses
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.1])
+def test_contrast_is_the_mean_over_anchors_with_a_partner(temperature: float) -> None:
+    z, labels = normal(7, 5), [0, 1, 0, 2, 1, 0, 3]
+    found = supcon(z, torch.tensor(labels), temperature)
+    wanted = contrast(z, labels, temperature)
+    assert len(wanted) == 5 and [int(count) for _, count in found.terms] == [5]
+    assert float(found.value) == pytest.approx(sum(wanted) / 5, rel=1e-5)
+
+
+def test_contrast_sees_directions_alone_and_leaves_out_rows_without_a_label() -> None:
+    z, labels = normal(6, 5), torch.tensor([0, 1, MISSING, 0, 1, MISSING])
+    lengths = torch.tensor([1, 2, 3, 0.1, 5, 6]).unsqueeze(1)
+    found = supcon(lengths * z, labels, 0.2)
+    assert float(found.value) == pytest.approx(sum(contrast(z[[0, 1, 3, 4]], [0, 1, 0, 1], 0.2)) / 4, rel=1e-5)
+
+
+@pytest.mark.parametrize("labels", [[], [0], [0, 1], [MISSING, MISSING]])
+def test_contrast_without_partners_is_0_with_no_gradient(labels: list[int]) -> None:
+    z = normal(len(labels), 3).requires_grad_()
+    found = supcon(z, torch.tensor(labels, dtype=torch.long))
+    found.value.backward()
+    assert found.value == 0 and z.grad is not None and not z.grad.any()
+
+
+def test_contrast_of_low_precision_is_computed_in_float32() -> None:
+    z, labels = normal(6, 5).bfloat16(), torch.tensor([0, 1, 0, 1, 2, 2])
+    with torch.autocast("cpu", torch.bfloat16):
+        found = supcon(z, labels).value
+    assert found.dtype == torch.float32 and torch.equal(found, supcon(z.float(), labels).value)

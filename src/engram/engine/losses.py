@@ -101,3 +101,25 @@ def distil(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Mean:
     """Cross-entropy of the student's softmax against the teacher's, both [B, C] at a temperature; mean over rows."""
     target = torch.softmax(teacher / temperature, 1)
     return Mean.of(-(target * torch.log_softmax(student / temperature, 1)).sum(1))
+
+
+def supcon(z: Tensor, y: Tensor, temperature: float = 0.1) -> Mean:
+    """Supervised contrastive loss of representations [B, d], of any length, with class labels [B]; mean over anchors.
+
+    Each row is an anchor: with s its cosines over the temperature to all other rows, its loss is the mean of
+    logsumexp(s) - s_p over the other rows p of its class. An anchor without such a row counts nothing, and rows without
+    a label are left out. The rows of a batch depend on one another, so it has to come whole: neither micro-batches nor
+    the shares of several processes give the same loss. Cost O(B² d), memory O(B²).
+
+    Khosla et al.: Supervised Contrastive Learning. NeurIPS 2020, arXiv 2004.11362, eq. 2, without the factor
+    temperature / base temperature of published code.
+    """
+    z, y = z[y != MISSING], y[y != MISSING]
+    itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
+    with torch.autocast(z.device.type, enabled=False):
+        u = F.normalize(z if z.dtype == torch.float64 else z.float(), dim=1)
+        scores = (u @ u.T / temperature).masked_fill(itself, torch.finfo(u.dtype).min)
+    alike = (y[:, None] == y) & ~itself
+    partners = alike.sum(1)
+    each = -torch.where(alike, torch.log_softmax(scores, 1), 0.0).sum(1) / partners.clamp(min=1)
+    return Mean.over(each.sum(), (partners > 0).sum())
