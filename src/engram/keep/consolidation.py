@@ -95,7 +95,7 @@ def pulled(model: nn.Module, anchor: Mapping[str, Tensor], pull: Mapping[str, Te
 def known_rows(model: nn.Module, known: Iterable[int], name: str, p: Tensor) -> Tensor:
     """1, or 0 in the head's rows of classes that were not known; to be multiplied with the weights of parameter p."""
     head = getattr(model, "head", None)
-    if not (isinstance(head, Head) and name.startswith("head.")):
+    if not (isinstance(head, Head) and name.removeprefix("head.") in head.rows and name.startswith("head.")):
         return torch.ones((), device=p.device)
     there = torch.isin(head.classes, torch.tensor(tuple(known), dtype=torch.long, device=head.classes.device))
     return there.view(-1, *[1] * (p.ndim - 1)).to(p.device)
