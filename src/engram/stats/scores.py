@@ -29,6 +29,13 @@ def energy(logits: Tensor, columns: Sequence[int] | Tensor | slice | None = None
     return -(logits if columns is None else logits[:, columns]).logsumexp(1)
 
 
+def restricted(logits: Tensor, columns: Sequence[int] | Tensor) -> Tensor:
+    """The logits with -inf in all but some columns, [n, C]; the gradient of the other columns is zero."""
+    out = torch.ones(logits.shape[1], dtype=torch.bool, device=logits.device)
+    out[torch.as_tensor(columns, device=logits.device)] = False
+    return logits.masked_fill(out, -torch.inf)
+
+
 def entropy(logits: Tensor, normalise: bool = False) -> Tensor:
     """Entropy of the softmax, [n], in nats; normalised by ln(number of live columns) it lies in [0, 1]."""
     log_p = logits.log_softmax(1)
