@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import combinations
 from typing import Any
 
 import pytest
@@ -17,8 +18,9 @@ from engram.data.task import Task
 from engram.engine.curvature import flat, mean_gradient
 from engram.engine.optimizer import Optimizer
 from engram.engine.run import Run
+from engram.errors import EngramError
 from engram.keep.finetune import Finetune
-from engram.keep.gss import FIRST, GSS, SCORE
+from engram.keep.gss import FIRST, GSS, SCORE, most_spread
 from engram.testing import holds
 
 
@@ -119,6 +121,57 @@ def test_of_an_unbalanced_stream_it_holds_more_of_the_few(digits: Any, few_first
         held.append(len(learner.kept.table.of_classes((1,))))
         reservoir.append(len(random.table.of_classes((1,))))
     assert sum(held) > sum(reservoir) + 8
+
+
+def alikeness(seed: int, rows: int) -> Tensor:
+    draws = torch.Generator().manual_seed(seed)
+    unit = F.normalize(torch.randn(rows, 3, generator=draws, dtype=torch.float64), dim=1)
+    return unit @ unit.T
+
+
+def total(alike: Tensor, rows: Any) -> float:
+    rows = torch.as_tensor(rows)
+    return float(alike[rows[:, None], rows].sum())
+
+
+@holds("cl-in-neural-networks", 4)
+def test_the_quadratic_rule_is_near_the_best_of_all_subsets() -> None:
+    """Of all 126 subsets of nine rows: near the best one, against their mean, and never one that a change betters."""
+    gaps = []
+    for seed in range(20):
+        alike = alikeness(seed, 9)
+        found = most_spread(alike, 4).tolist()
+        sums = {rows: total(alike, rows) for rows in combinations(range(9), 4)}
+        best, mean = min(sums.values()), sum(sums.values()) / len(sums)
+        gaps.append((total(alike, found) - best) / (mean - best))
+        near = [value for rows, value in sums.items() if len({*rows} & {*found}) >= 3]
+        assert total(alike, found) == pytest.approx(min(near), abs=1e-9)
+    assert max(gaps) < 0.2 and sum(gaps) / len(gaps) < 0.03
+
+
+def test_the_quadratic_rule_keeps_the_most_spread_of_held_and_new_rows(tiny: Table) -> None:
+    learner = begun(tiny, buffer=20, rule="quadratic")
+    held, fresh = learner.kept.table, tiny.without(learner.kept.table.ids).take(range(10))
+    assert len(held) == 20
+    unit = unit_gradients(learner, held.concat(fresh))
+    learner.offer(fresh, torch.Generator(), Run())
+    wanted = held.concat(fresh).take(most_spread(unit @ unit.T, 20))
+    assert set(learner.kept.table.ids) == set(wanted.ids) != set(held.ids)
+
+
+@holds("cl-in-neural-networks", 4)
+def test_the_quadratic_rule_spreads_gradients_more_than_chance(digits: Any) -> None:
+    rows = digits.train.take(range(150))
+    learner, random = GSS(network=SMALL["network"], buffer=30, rule="quadratic", iterations=1), Buffer(30)
+    learner.learn(Task(rows))
+    random.offer(rows)
+    chosen, drawn = (unit_gradients(learner, table) for table in (learner.kept.table, random.table))
+    assert float((chosen @ chosen.T).sum()) < 0.7 * float((drawn @ drawn.T).sum())
+
+
+def test_an_unknown_rule_is_named() -> None:
+    with pytest.raises(EngramError, match="unknown rule 'gredy'; did you mean 'greedy'"):
+        GSS(rule="gredy")
 
 
 def test_a_chosen_buffer_keeps_what_fine_tuning_loses(digits: Any, take: Callable[..., Any]) -> None:

@@ -12,6 +12,7 @@ from engram.data.table import Table
 from engram.data.task import Task
 from engram.engine.predict import accuracy
 from engram.engine.run import Run
+from engram.errors import EngramError
 from engram.keep.finetune import Finetune
 from engram.keep.mas import MAS
 from engram.models import Identity, LinearHead, Predictor, seeded
@@ -57,6 +58,44 @@ def test_a_large_penalty_freezes_the_trunk_and_never_holds_the_head(tiny: Table)
     assert set(held.pull) == set(omega)
     head = {name: torch.ones_like(p) for name, p in anchor.items() if name.startswith("head.")}
     assert spent(held, anchor, head) > 0.2 * spent(free, anchor, head)
+
+
+@holds("cl-in-neural-networks", 1)
+def test_a_large_penalty_stops_each_weight_that_matters(tiny: Table) -> None:
+    first, second = halves(tiny)
+    free, held = Finetune(**SMALL), MAS(**SMALL, strength=1e6)
+    for each in (free, held):
+        each.learn(first)
+    anchor, omega = weights(held), held.importances.values
+    for each in (free, held):
+        each.learn(second)
+    for name in ("encoder.layers.0.0.weight", "encoder.layers.0.0.bias"):
+        heavy = omega[name] > 0.1 * omega[name].mean()
+        far = [(weights(each)[name] - anchor[name])[heavy].abs().max() for each in (held, free)]
+        assert far[0] < 0.3 * far[1]
+
+
+def test_local_importances_are_products_of_connected_activations(tiny: Table) -> None:
+    learner = MAS(network={"name": "MLP", "hidden": [8, 6]}, epochs=2, local=True)
+    learner.learn(Task(tiny))
+    values = {name: p.detach().double() for name, p in learner.model.named_parameters()}
+    wanted: dict[str, torch.Tensor] = {}
+    for row in tiny.inputs["pixel_values"].flatten(1).double():
+        y = row
+        for k in range(2):
+            name = f"encoder.layers.{k}.0"
+            out = (values[f"{name}.weight"] @ y + values[f"{name}.bias"]).relu()
+            for part, value in (("weight", torch.outer(out, y)), ("bias", out)):
+                wanted[f"{name}.{part}"] = wanted.get(f"{name}.{part}", 0.0) + value / len(tiny)
+            y = out
+    found = learner.importances.values
+    assert found.keys() == wanted.keys()
+    assert all(torch.allclose(found[name], value, rtol=1e-5, atol=1e-9) for name, value in wanted.items())
+
+
+def test_local_importances_want_linear_layers(tiny: Table) -> None:
+    with pytest.raises(EngramError, match=r"local importances are those of linear layers, and 'encoder\.stages\.0\.0'"):
+        MAS(network="ConvNet", epochs=1, local=True).learn(Task(tiny))
 
 
 def test_omegas_of_tasks_are_added(tiny: Table) -> None:

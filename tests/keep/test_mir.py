@@ -17,7 +17,7 @@ from engram.engine.optimizer import Optimizer
 from engram.engine.predict import predict
 from engram.engine.run import Run
 from engram.keep.finetune import Finetune
-from engram.keep.mir import MIR
+from engram.keep.mir import LEAST, MIR
 from engram.testing import holds
 
 ONLINE: dict[str, Any] = {"optimizer": Optimizer("sgd", lr=0.1, momentum=0.0), "epochs": 1, "batch_size": 10}
@@ -91,6 +91,29 @@ def _places(table: Table, batch: Any) -> list[int]:
     """Where the rows of a batch stand in a table, by their contents."""
     rows = table.inputs["pixel_values"].flatten(1)
     return [int((rows == row.flatten()).all(1).nonzero()[0]) for row in batch.inputs["pixel_values"]]
+
+
+def test_scores_may_be_taken_against_the_least_past_loss(tiny: Table) -> None:
+    learner, plain = (MIR(network=SMALL["network"], buffer=25, best=best) for best in (True, False))
+    first = halves(tiny)[0]
+    learner.learn(first)
+    plain.model = learner.model
+    held, rows = learner.kept.table, first.train.take(range(10))
+    now = predict(learner.model, held, "loss")
+    assert torch.allclose(torch.as_tensor(held.extra[LEAST]), now, atol=1e-6)
+    lowered = held.with_column(LEAST, now - 0.25 * torch.arange(25).remainder(2))
+    learner.kept.drop(held)
+    learner.kept.offer(lowered)
+    found, usual = (each.interference(rows, lowered, Run()) for each in (learner, plain))
+    assert torch.allclose(found - usual, 0.25 * torch.arange(25).remainder(2), atol=1e-5)
+    with torch.no_grad():
+        for p in learner.model.parameters():
+            p.mul_(1.2)
+    better = predict(learner.model, held, "loss") < torch.as_tensor(lowered.extra[LEAST]) - 1e-4
+    learner.interference(rows, learner.kept.table, Run())
+    after = learner.kept.table.select(held.ids).extra[LEAST]
+    changed = torch.as_tensor(after) < torch.as_tensor(lowered.extra[LEAST]) - 1e-4
+    assert torch.equal(changed, better) and better.any()
 
 
 def test_batch_statistics_are_not_moved_by_scoring(tiny: Table) -> None:

@@ -5,17 +5,20 @@ Interfered Retrieval. NeurIPS 2019, arXiv 1908.04742; the form with a buffer (al
 
 For a batch, with theta' = theta - lr * (gradient of the batch's loss):
 
-1. Draw candidates from the buffer; score each by loss(theta') - loss(theta).
+1. Draw candidates from the buffer; score each by loss(theta') - loss(theta), or (`best`) by loss(theta') - the least
+   loss that the row was ever scored with, or had when its task ended, if that is less than loss(theta).
 2. Train on the batch and the candidates of highest score: the sum of the two mean losses.
 
 The buffer, a reservoir, takes in a task's rows when it ends, so that all candidates are of earlier ones.
-Gradient and scores are taken in eval mode, so that no batch statistics move; published code has none.
+Gradient and scores are taken in eval mode, so that no batch statistics move; published code has none. The
+generative form, which searches a generator's codes for interfered rows, is left out.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,9 +31,11 @@ from engram.data.task import Task
 from engram.engine.curvature import mean_gradient, trainable
 from engram.engine.losses import Mean, per_row
 from engram.engine.optimizer import Optimizer
-from engram.engine.predict import evaluating
+from engram.engine.predict import evaluating, predict
 from engram.engine.run import Run
 from engram.keep.replay import share
+
+LEAST = "least loss"  # the buffer's column of the least loss that a row was seen with
 
 
 @dataclass(kw_only=True, eq=False)
@@ -38,8 +43,8 @@ class MIR(GradientLearner):
     """Replay of the most interfered rows.
 
     `buffer`: rows kept. `candidates`: how many are scored for a batch; `replayed`: how many of them are trained
-    on. The virtual update is one of plain SGD with the optimiser's `lr`. Cost: for each batch a further backward
-    pass, and two forward passes over the candidates.
+    on. `best`: compare with the least past loss. The virtual update is one of plain SGD with the optimiser's `lr`.
+    Cost: for each batch a further backward pass, and two forward passes over the candidates.
     """
 
     optimizer: Optimizer = field(default=Optimizer("sgd", lr=0.1, momentum=0.0))
@@ -48,6 +53,7 @@ class MIR(GradientLearner):
     buffer: int = 500
     candidates: int = 50
     replayed: int = 10
+    best: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -56,6 +62,9 @@ class MIR(GradientLearner):
     @classmethod
     def tiny(cls) -> MIR:
         return cls(network={"name": "MLP", "hidden": [32]}, epochs=2, buffer=20, candidates=16, replayed=8)
+
+    def changing(self) -> Mapping[str, Any]:
+        return {"buffer": self.kept} if self.best else {}
 
     def batches(self, task: Task, epoch: int, run: Run) -> Iterable[tuple[Batch, Batch | None]]:
         draws = run.generator("replay", epoch)
@@ -82,7 +91,15 @@ class MIR(GradientLearner):
         now = trainable(self.model)
         then = {name: p - self.optimizer.lr * slope[name].to(p) for name, p in now.items()}
         batch = candidates.batch(torch.arange(len(candidates))).to(run.device)
-        return (self._losses(batch, then) - self._losses(batch, now)).cpu()
+        before = self._losses(batch, now).cpu()
+        return self._losses(batch, then).cpu() - (self._least(candidates, before) if self.best else before)
+
+    def _least(self, candidates: Table, losses: Tensor) -> Tensor:
+        """The least loss of every candidate so far, [n]; the buffer remembers it."""
+        least = torch.minimum(torch.as_tensor(candidates.extra[LEAST]), losses)
+        self.kept.drop(candidates)
+        self.kept.offer(candidates.with_column(LEAST, least))
+        return least
 
     def _losses(self, batch: Batch, weights: Mapping[str, Tensor]) -> Tensor:
         assert batch.labels is not None
@@ -90,4 +107,5 @@ class MIR(GradientLearner):
             return per_row(functional_call(self.model, dict(weights), (), batch.inputs).logits, batch.labels)
 
     def end(self, task: Task, run: Run) -> None:
-        self.kept.offer(task.train)
+        rows = task.train
+        self.kept.offer(rows.with_column(LEAST, predict(self.model, rows, "loss", run=run)) if self.best else rows)
