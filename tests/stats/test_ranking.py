@@ -7,7 +7,7 @@ import torch
 from sklearn.metrics import average_precision_score
 
 from engram.errors import EngramError
-from engram.stats.ranking import cmc_map
+from engram.stats.ranking import QUERIES, cmc_map
 from engram.stats.seeds import generator
 
 D = torch.tensor([[0.1, 0.4, 0.2, 0.3, 0.5], [0.9, 0.2, 0.3, 0.1, 0.8], [0.3, 0.2, 0.1, 0.5, 0.4]])
@@ -64,3 +64,20 @@ def test_queries_without_a_relevant_row_are_left_out() -> None:
         cmc_map(D, torch.tensor([7, 7, 7]), G)
     with pytest.raises(EngramError, match="labels say"):
         cmc_map(D, Q, Q)
+
+
+def test_queries_that_stand_somewhere_in_the_gallery_and_more_of_them_than_are_ranked_at_once() -> None:
+    draws = generator("own rows")
+    n = 2 * QUERIES + 3
+    x, labels = torch.rand(n, 2, generator=draws, dtype=torch.float64), torch.arange(n) % 7
+    dist = torch.cdist(x, x)
+    order = torch.randperm(n, generator=draws)
+    whole = cmc_map(dist, labels, labels, drop_self=True)
+    moved = cmc_map(dist[:, order], labels, labels[order], drop_self=order.argsort())
+    assert torch.allclose(moved.average_precision, whole.average_precision) and moved.cmc == whole.cmc
+    for i in (0, QUERIES - 1, QUERIES, n - 1):
+        rest = torch.arange(n) != i
+        known = average_precision_score((labels[rest] == labels[i]).numpy(), -dist[i, rest].numpy())
+        assert whole.average_precision[i].item() == pytest.approx(known)
+    none = cmc_map(dist, labels, labels, drop_self=torch.full((n,), -1))
+    assert torch.equal(none.average_precision, cmc_map(dist, labels, labels).average_precision)
