@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from benchmarks.ratio import REPEATS, Ratio, overhead, seconds
+from benchmarks.ratio import REPEATS, Act, Ratio, overhead, seconds
 from engram.models.guarded_lm import GuardedLM, PromptClassifier
 from engram.models.seeding import seeded
 
-NEW, PROMPT, BATCH = 64, 32, 64
+NEW, PROMPT = 64, 32
 
 
 def ratios(width: int = 128, layers: int = 4, words: int = 2048) -> Iterator[Ratio]:
@@ -24,14 +25,17 @@ def ratios(width: int = 128, layers: int = 4, words: int = 2048) -> Iterator[Rat
     size, own = (sum(p.numel() for p in m.state_dict().values()) for m in (model, classifier))
     for batch in (1, 8):
         prompt = torch.randint(words, (batch, PROMPT), generator=torch.Generator().manual_seed(0))
-        told = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": NEW, "min_new_tokens": NEW}
-
-        def ask(of: Any, prompt: torch.Tensor = prompt, told: dict[str, Any] = told) -> object:
-            return of.generate(prompt, do_sample=False, pad_token_id=0, **told)
-
-        name = f"guarded, {NEW} tokens for {batch} prompt(s) not flagged; model / classifier = {size / own:.0f}"
-        yield overhead(name, lambda: ask(guard), lambda: ask(model), most=1.05)
+        who = f"{batch} prompt(s) not flagged; model / classifier = {size / own:.0f}"
+        arms: tuple[Act, Act] = (partial(_told, guard, prompt), partial(_told, model, prompt))
+        yield overhead(f"guarded, {NEW} tokens for {who}", *arms, most=1.05, repeats=11)
+        judged = partial(guard.flagged, input_ids=prompt)
+        yield overhead(f"judging, over {NEW} tokens for {who}", judged, arms[1], most=0.05)
     yield _classified(classifier, words)
+
+
+def _told(model: Any, prompt: torch.Tensor) -> object:
+    length = {"max_new_tokens": NEW, "min_new_tokens": NEW}
+    return model.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False, pad_token_id=0, **length)
 
 
 def _classified(classifier: nn.Module, words: int, calls: int = 200) -> Ratio:

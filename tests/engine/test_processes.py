@@ -323,7 +323,7 @@ def both(two: list[dict[str, Outcome | str]], name: str) -> Outcome:
     return first
 
 
-def same(found: Outcome, wanted: Outcome, tolerance: float = 1e-6) -> None:
+def same(found: Outcome, wanted: Outcome, tolerance: float = 1e-5) -> None:
     assert found.keys() == wanted.keys()
     distances = {key: distance(found[key], value) for key, value in wanted.items()}
     assert {key: far for key, far in distances.items() if not far <= tolerance} == {}

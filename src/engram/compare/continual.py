@@ -232,12 +232,21 @@ def trials(name: str) -> list[dict[str, Any]]:
 
 def configured(name: str, common: Mapping[str, Any], setting: Mapping[str, Any]) -> Learner:
     """A learner with the common settings that it knows; "lr" is a factor of its learning rate."""
-    known = {field.name for field in fields(type(make(name)))}
-    learner: Learner = make({"name": name, **{key: value for key, value in common.items() if key in known}})
+    learner: Learner = make(_with_common(name, common))
     if "lr" not in setting:
         return learner
     given = {field.name: getattr(learner, field.name) for field in fields(learner) if field.init}
     return type(learner)(**{**given, "optimizer": given["optimizer"].scaled(setting["lr"])})
+
+
+def _with_common(spec: Any, common: Mapping[str, Any]) -> dict[str, Any]:
+    """A learner's config with the common settings that it knows; so is that of its host, if it has one."""
+    given = {"name": spec} if isinstance(spec, str) else dict(spec)
+    plain = make(given)
+    known = {field.name for field in fields(plain)}
+    shared = {key: value for key, value in common.items() if key in known}
+    host = {"host": _with_common(plain.host, common)} if "host" in known else {}
+    return {**given, **shared, **host}
 
 
 def summarise(rows: Sequence[Row]) -> dict[str, Any]:

@@ -71,6 +71,10 @@ METHODS: dict[str, tuple[dict[str, Any], ...]] = {
     "NPO+KL": _preferring("NPO", retain_ratio=3.0, retain_term="kl"),
     "DPO+RT": _preferring("DPO", retain_ratio=3.0),
     "IDK+RT": _grid("IDK", *_RATES, retain_ratio=3.0),
+    "WHP": tuple(
+        {"name": "forget.WhosHarryPotter", "lr": lr, "alpha": alpha, "reinforcement": {"name": "adamw", "lr": lr}}
+        for lr, alpha in ((1e-3, 5.0), (3e-4, 5.0), (1e-3, 1.0))
+    ),
     "SimNPO+RT": (
         *_grid("SimNPO", 1e-3, 3e-4, retain_ratio=3.0),
         *_grid("SimNPO", 1e-3, 3e-4, retain_ratio=3.0, beta=4.5, retain_weight=5.0),
@@ -312,7 +316,7 @@ class Contest(Work):
 
         def watch(path: tuple[str, ...], epoch: int, now: nn.Module) -> None:
             nonlocal measuring
-            if epoch in self.plan.points[:-1] and not cell.tuning:
+            if path[-1] == "fit" and epoch in self.plan.points[:-1] and not cell.tuning:
                 begin = time.process_time()
                 row = {**base, "epoch": epoch, **self.measures(now, cell), "seconds": begin - start - measuring}
                 found.append(row)

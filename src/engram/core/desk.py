@@ -225,7 +225,7 @@ class Desk:
             "method": describe(choice.method) if choice.method is not None else {"name": choice.name},
             "needed": sorted(self._needed(choice)),
             "exact": exact,
-            "weights_hold_it": isinstance(result, Wrapper),
+            "weights_hold_it": isinstance(result, Wrapper) and not result.erases_weights,
             "residue": residue,
             "before": io.digest(self.model),
             "cost": asdict(run.cost),

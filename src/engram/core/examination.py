@@ -93,7 +93,7 @@ class Audit:
             "request": {**self.what.words(), "records": len(request.ids)},
             "method": account.get("method"),
             "exact": account.get("exact", False),
-            "weights_hold_it": isinstance(after, Wrapper),
+            "weights_hold_it": isinstance(after, Wrapper) and not after.erases_weights,
             "residue": account.get("residue"),
             "before": io.digest(desk.model),
             "after": io.digest(after),

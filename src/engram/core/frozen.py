@@ -121,8 +121,8 @@ class FrozenLearner(Learner):
     def begin(self, task: Task, run: Run) -> None:
         """Build the predictor for the first task, make room for new classes; EngramError without labels."""
         require_processes(name_of(self), self.processes)
-        require_labels(task)
         _labels(task.train)
+        require_labels(task)
         if not self.started:
             encoder = self.encoder(task, run).eval().requires_grad_(False)
             self.model = Predictor(encoder, self.new_head(int(encoder.width)))  # type: ignore[arg-type]

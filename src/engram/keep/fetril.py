@@ -34,8 +34,9 @@ from engram.engine.run import Run
 from engram.errors import EngramError, unknown
 from engram.models.frozen import frozen_encoder
 from engram.models.heads import MatrixHead
-from engram.stats.linear import BLOCKWISE, CLASSIFIERS, Blocks, Linear
+from engram.stats.linear import BLOCKWISE, CLASSIFIERS, Linear
 from engram.stats.moments import ClassMeans
+from engram.stats.svm import Blocks
 
 SELECTIONS = ("euclidean", "cosine", "random")
 FC = Optimizer("sgd", lr=0.05, weight_decay=5e-4, schedule="cosine")
