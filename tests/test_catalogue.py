@@ -184,7 +184,7 @@ def test_a_setting_other_than_the_default_may_do() -> None:
 
 def test_what_needs_nothing_is_always_possible() -> None:
     usable = {row.method.name for row in possible([], "keep") if row.usable}
-    trained = ("Finetune", "Replay", "DERpp", "MIR", "GSS", "Joint", "TAME")
+    trained = ("Finetune", "Replay", "DERpp", "MIR", "GSS", "Joint", "TAME", "TaskFreeMAS")
     names = (*trained, "NMC", "ACU", "SLDA", "JointHead", "KeyValueBottleneck")
     assert usable == {f"keep.{name}" for name in names}
 
@@ -194,6 +194,7 @@ def test_rows_of_a_request_serve_probes_too() -> None:
     assert {row.method.name for row in rows if row.usable} == {
         "audit.Accuracy",
         "audit.Membership",
+        "audit.Memorization",
         "audit.Representation",
         "audit.ZRF",
     }

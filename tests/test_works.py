@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from engram import catalogue
-from engram.audit import representation
+from engram.audit import in_context, representation, restor
 from engram.core.learner import fork
 from engram.core.request import Request
 from engram.data.streams import class_stream
@@ -21,16 +24,39 @@ from engram.engine.optimizer import Optimizer
 from engram.engine.predict import accuracy
 from engram.engine.recipe import Recipe
 from engram.engine.run import Run
-from engram.forget import npo
+from engram.forget import npo, whos_harry_potter
 from engram.forget.blindspot import Blindspot
 from engram.forget.laf import LAF
 from engram.forget.ssd import SSD
+from engram.keep import prd, slnid
 from engram.keep.acu import ACU
 from engram.keep.fetril import FeTrIL
 from engram.keep.key_value import KeyValueBottleneck
+from engram.keep.lingocl import LingoCL
+from engram.keep.napa_vq import NAPAVQ
 from engram.keep.nmc import NMC
 from engram.keep.rehearsal_free import RehearsalFree
-from engram.reproduce import are_we_truly_forgetting, datamodel_matching, deep_regression_unlearning, laf
+from engram.keep.virtual_outliers import VirtualOutliers
+from engram.learn.non_instructional import NonInstructional
+from engram.models import concepts
+from engram.models.guarded_lm import PromptClassifier
+from engram.reproduce import (
+    are_we_truly_forgetting,
+    bt2,
+    cl_in_neural_networks,
+    concept_vectors,
+    datamodel_matching,
+    deep_regression_unlearning,
+    eco_prompts,
+    laf,
+    lingocl,
+    napa_vq,
+    non_instructional_finetuning,
+    ovor,
+    ununlearning,
+)
+from engram.reproduce import prd as measured_prd
+from engram.reproduce import restor as restor_claims
 from engram.reproduce.digits import curve
 from engram.stats import kmeans
 from engram.stats.moments import ClassMeans
@@ -54,6 +80,21 @@ def rehearsal_free(weight: float, split: Split, monkeypatch: pytest.MonkeyPatch)
     """Final accuracy of five pairs with the distillation of predictions at this weight."""
     learner = RehearsalFree(network={"name": "MLP", "hidden": [64]}, epochs=8, prediction=weight)
     return curve(learner, class_stream(*split, base=2, increment=2))[-1]
+
+
+def pseudo_features_of_neighbours(weight: float, split: Split, monkeypatch: pytest.MonkeyPatch) -> float:
+    """Accuracy on the first four classes after six more, with the loss of pseudo-features so weighted."""
+    original = NAPAVQ.replay
+    monkeypatch.setattr(NAPAVQ, "replay", lambda self, draws: weight * original(self, draws))
+    return napa_vq.final(napa_vq.begun(0), 0)[1]
+
+
+def keeping_the_relation(weight: float, split: Split, monkeypatch: pytest.MonkeyPatch) -> float:
+    """Accuracy on a first pair among its own classes after a second pair, with the distillation so weighted."""
+    original = prd.relation_over_samples
+    monkeypatch.setattr(prd, "relation_over_samples", lambda *given: weight * original(*given))
+    stages = class_stream(*split, base=2, increment=2)[:2]
+    return measured_prd.learnt(measured_prd.learner(), stages, seed=0).old
 
 
 def dampening(weight: float, split: Split, monkeypatch: pytest.MonkeyPatch) -> float:
@@ -136,6 +177,18 @@ def rejection(weight: float, split: Split, monkeypatch: pytest.MonkeyPatch) -> f
     return accuracy(new, split[1].of_classes([3]))
 
 
+def difference_of_reinforcement(weight: float, split: Split, monkeypatch: pytest.MonkeyPatch) -> float:
+    """Accuracy left on a forgotten class with what the reinforced model adds so weighted."""
+    original = whos_harry_potter.generic
+    monkeypatch.setattr(
+        whos_harry_potter, "generic", lambda base, own, alpha, centre: original(base, own, weight * alpha, centre)
+    )
+    model = Recipe({"name": "MLP", "hidden": [32]}, Optimizer(lr=3e-3), epochs=12)(split[0], 0)
+    plans = {"reinforcement": Optimizer(lr=3e-3), "optimizer": Optimizer(lr=1e-3)}
+    method = whos_harry_potter.WhosHarryPotter(**plans, epochs=8, batch_size=32, within=None)
+    return accuracy(method.forget(model, Request.of_classes(split[0], (3,))), split[1].of_classes([3]))
+
+
 def unlearning_of_the_density(weight: float, split: Split, monkeypatch: pytest.MonkeyPatch) -> float:
     """Accuracy left on a forgotten class with the extractor's unlearning loss so weighted."""
     original = LAF.unlearning
@@ -166,6 +219,97 @@ def predicted_change(weight: float, split: Split, monkeypatch: pytest.MonkeyPatc
     return datamodel_matching.prediction(0).error(weight)
 
 
+def direction_of_names(weight: float, split: Split, monkeypatch: pytest.MonkeyPatch) -> float:
+    """Accuracy on classes never learnt, with the vectors of their names so weighted."""
+    original = LingoCL.zero_shot
+
+    def weighted(self: LingoCL, *given: Any) -> nn.Module:
+        model = original(self, *given)
+        model.head.weight.mul_(weight)  # type: ignore[union-attr,operator]
+        return model
+
+    monkeypatch.setattr(LingoCL, "zero_shot", weighted)
+    return lingocl.zero_shot(lingocl.World(0), "named")
+
+
+def compatibility(weight: float, split: Split, monkeypatch: pytest.MonkeyPatch) -> float:
+    """What queries gain in an old gallery by a new encoder, with all that looks at the old space so weighted."""
+    return bt2.gain(weight)
+
+
+def outliers_at_the_border(weight: float, split: Split, monkeypatch: pytest.MonkeyPatch) -> float:
+    """Final accuracy of five pairs with the cost of energies so weighted."""
+    original = VirtualOutliers.regulariser
+    monkeypatch.setattr(VirtualOutliers, "regulariser", lambda self, *given: weight * original(self, *given))
+    return curve(ovor.regularised(20, 8), ovor.stages(0))[-1]
+
+
+def inhibition(weight: float, split: Split, monkeypatch: pytest.MonkeyPatch) -> float:
+    """By how much the share of silent hidden units grows with the inhibition of neighbours so weighted."""
+    original = slnid.inhibition
+    monkeypatch.setattr(slnid, "inhibition", lambda *given: weight * original(*given))
+    shares = []
+    for sparsity in (1e-3, 0.0):
+        learner = slnid.SLNID(network=cl_in_neural_networks.NETWORK, epochs=4, sparsity=sparsity)
+        learner.learn(Task(split[0]), Run())
+        shares.append(cl_in_neural_networks.silent(learner))
+    return shares[0] - shares[1]
+
+
+def evidence_of_the_prompt(weight: float, split: Split, monkeypatch: pytest.MonkeyPatch) -> float:
+    """Answers left on prompts to forget with the classifier's log-odds so weighted."""
+    original = PromptClassifier.forward
+    monkeypatch.setattr(PromptClassifier, "forward", lambda self, *given: weight * original(self, *given))
+    return eco_prompts.exact(eco_prompts.guarded(0, strength=10.0), eco_prompts.setting(0).gone)
+
+
+def spelling_of_the_concept(weight: float, split: Split, monkeypatch: pytest.MonkeyPatch) -> float:
+    """Nats by which ablating a topic's column raises its loss more than the other topic's, the less of two topics, with
+    what the column's top tokens say of the topic so weighted."""
+    original = concepts.alike
+    monkeypatch.setattr(concepts, "alike", lambda *given: weight * original(*given))
+    there = concept_vectors.of_topics(100)
+    places = [concept_vectors.place_of(there.model, *side) for side in there.sides()]
+    found = [concept_vectors.ablation(there.model, p, *side) for p, side in zip(places, there.sides(), strict=True)]
+    return min(one.target - one.unrelated for one in found)
+
+
+def answers_of_the_teacher(weight: float, split: Split, monkeypatch: pytest.MonkeyPatch) -> float:
+    """The share of continuations that end with the loss of the teacher's answers so weighted."""
+    original = NonInstructional.terms
+    monkeypatch.setattr(NonInstructional, "terms", lambda self, *given: weight * original(self, *given))
+    there = non_instructional_finetuning.stage(0)
+    rows = non_instructional_finetuning.halved(there, there.teacher, 200)
+    return non_instructional_finetuning.ended(there, non_instructional_finetuning.taught(there, rows))
+
+
+def recovery_of_right_facts(weight: float, split: Split, monkeypatch: pytest.MonkeyPatch) -> float:
+    """Recovery by NPO with retained rows, with what an unlearned model knows beyond the corrupted one so weighted."""
+    _weigh_what_came_back(restor, weight, monkeypatch)
+    unlearned = restor_claims.unlearned(0, "NPO+RT", restor_claims.EPOCHS)
+    return restor_claims.stage(0).figures(unlearned)["recovery"]
+
+
+def gain_by_a_definition(weight: float, split: Split, monkeypatch: pytest.MonkeyPatch) -> float:
+    """What a definition gives back to a model by rule that never knew, with the gain so weighted."""
+    _weigh_what_came_back(in_context, weight, monkeypatch)
+    lab = ununlearning.Laboratory(0)
+    monkeypatch.setattr(lab, "original", ununlearning.Reader(lab.world, lab.everything), raising=False)
+    monkeypatch.setattr(ununlearning, "QUERIES", 30)
+    found = lab.audit(ununlearning.Reader(lab.world, lab.permitted))
+    return found["reintroduced by definition, fresh name"].value
+
+
+def _weigh_what_came_back(probe: ModuleType, weight: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = probe.recovered
+    weighted = partial(_of_weighted, original, weight)
+    monkeypatch.setattr(probe, "recovered", weighted)
+
+
+def _of_weighted(original: Callable[..., object], weight: float, now: Tensor, lost: Tensor, whole: Tensor) -> object:
+    return original(lost + weight * (now - lost), lost, whole)
+
+
 OWN_TERMS: dict[str, tuple[Callable[[float, Split, pytest.MonkeyPatch], float], tuple[float, float]]] = {
     "nmc-baseline": (subtraction_of_means, (0.0, 1e-8)),
     "fetril": (translation, (0.0, 1e-5)),
@@ -173,11 +317,23 @@ OWN_TERMS: dict[str, tuple[Callable[[float, Split, pytest.MonkeyPatch], float], 
     "ssd": (dampening, (0.0, 0.25)),
     "laf": (unlearning_of_the_density, (0.0, 0.25)),
     "npo": (rejection, (0.0, 0.1)),
+    "whos-harry-potter": (difference_of_reinforcement, (0.0, 0.25)),
+    "eco-prompts": (evidence_of_the_prompt, (0.0, 0.05)),
     "deep-regression-unlearning": (imitation_of_the_guide, (0.0, 0.4)),
     "datamodel-matching": (predicted_change, (0.0, 1 / 3)),
+    "bt2": (compatibility, (0.0, 0.3)),
+    "cl-in-neural-networks": (inhibition, (0.05, 1.0)),
     "rehearsal-free": (rehearsal_free, (0.35, 0.6)),
+    "lingocl": (direction_of_names, (0.2, 1.0)),
+    "napa-vq": (pseudo_features_of_neighbours, (0.92, 1.0)),
+    "prd": (keeping_the_relation, (0.9, 1.0)),
     "discrete-key-value-bottleneck": (nearness_to_keys, (0.7, 1.0)),
+    "ovor": (outliers_at_the_border, (0.73, 1.0)),
+    "concept-vectors": (spelling_of_the_concept, (0.2, 100.0)),
     "are-we-truly-forgetting": (nearness_of_representations, (0.05, 1.0)),
+    "restor": (recovery_of_right_facts, (0.2, 1.0)),
+    "ununlearning": (gain_by_a_definition, (0.8, 1.2)),
+    "non-instructional-finetuning": (answers_of_the_teacher, (0.8, 1.0)),
 }
 
 

@@ -115,7 +115,13 @@ def _run(given: argparse.Namespace, rest: list[str]) -> None:
     changes = {key: getattr(given, key) for key in ("seed", "device", "precision") if getattr(given, key) is not None}
     config = override(read_config(given.config), {**changes, **_dotted(rest)})
     out = Path(given.out or f"runs/{Path(given.config).stem}")
-    running = Running(config, out, resume=given.resume, progress=Silent() if given.quiet else Terminal(), show_content=given.show_content)
+    running = Running(
+        config,
+        out,
+        resume=given.resume,
+        progress=Silent() if given.quiet else Terminal(),
+        show_content=given.show_content,
+    )
     if not given.quiet and not given.json:
         print("\n".join(running.outline()), flush=True)
     records = running.execute()

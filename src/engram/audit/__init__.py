@@ -5,6 +5,9 @@ from __future__ import annotations
 from importlib import import_module
 
 _HOMES = {
+    "DefinitionFilter": "engram.audit.in_context",
+    "NameFilter": "engram.audit.in_context",
+    "behind": "engram.audit.in_context",
     "forget_quality": "engram.audit.tofu",
     "ks_statistic": "engram.audit.tofu",
     "model_utility": "engram.audit.tofu",

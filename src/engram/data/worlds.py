@@ -1,10 +1,11 @@
 """Worlds of which everything is known: facts that are drawn, concepts that are made of attributes, and their words.
 
 What a model says of such a world can be right for one reason only, that it was told: nothing stands in any book, and
-no name gives its meaning away. `FactWorld`: subjects, relations, objects; some facts may be told wrongly. `ConceptWorld`:
-concepts are conjunctions of attributes; they are known by name, or defined in the prompt. Both write token rows for any
-causal language model, and `Words` is their tokenizer, one token a word. `questions` makes such rows of text with any
-tokenizer; `restor_questions` and `restor_documents` read the files of Rezaei et al.: RESTOR, arXiv 2411.00204.
+no name gives its meaning away. `FactWorld`: subjects, relations, objects; some facts may be told wrongly.
+`ConceptWorld`: concepts are conjunctions of attributes, known by name, or defined in the prompt. Both write token rows
+for any causal language model, and `Words` is their tokenizer, one token a word. `questions` makes such rows of text
+with any tokenizer; `restor_questions` and `restor_documents` read the files of RESTOR (Rezaei et al., arXiv
+2411.00204).
 """
 
 from __future__ import annotations
@@ -17,13 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from engram.data.table import IGNORED, MISSING, Column, Table
 from engram.errors import EngramError, unknown
 from engram.stats.seeds import generator
 
 PAD, STOP = "<pad>", "."
+ROOM = 16  # tokens for an answer to a published question
 SYLLABLES = [a + b for a in "bdfgklmnprstvz" for b in "aeiou"]
 
 
@@ -73,7 +75,8 @@ class Words:
 
 def invented(n: int, seed: int = 0, taken: Iterable[str] = ()) -> list[str]:
     """n different made-up words of two syllables or more, none of them among the `taken`."""
-    draws, found, used = generator("invented words", seed), [], set(taken)
+    draws, used = generator("invented words", seed), set(taken)
+    found: list[str] = []
     while len(found) < n:
         length = 2 + len(found) // 2000
         word = "".join(SYLLABLES[int(k)] for k in torch.randint(len(SYLLABLES), (length,), generator=draws))
@@ -92,25 +95,28 @@ def questions(
     answers: Sequence[str],
     ids: Sequence[str] | None = None,
     options: Mapping[str, Sequence[Sequence[str]]] | None = None,
+    room: int = 0,
 ) -> Table:
-    """Prompts with their answers as token rows, filled up on the right: `input_ids`, `attention_mask` and labels [n, T].
+    """Prompts with their answers as token rows, filled up on the right: `input_ids`, `attention_mask`, labels [n, T].
 
     Asked for are the tokens of the answer, set off from the prompt by a space, and the end of sequence. `options`: for
     each name, further answers to every prompt, which become the columns NAME_ids and NAME_labels [n, k, T], without an
-    end of sequence; a row with fewer of them is filled up with rows in which nothing is asked for.
-    EngramError for an answer without a token.
+    end of sequence; a row with fewer of them is filled up with rows in which nothing is asked for. `room`: how many
+    tokens an answer may have at least (a table's width is what a told answer has to fit into).
+    EngramError for a prompt or answer without a token.
     """
     ends = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    ids = ids if ids is not None else [str(k) for k in range(len(prompts))]
     rows = [_split(tokenizer, *pair, ends) for pair in zip(prompts, answers, strict=True)]
     extra: dict[str, Column] = {}
     for name, given in (options or {}).items():
-        told = [[_split(tokenizer, prompt, one, []) for one in some] for prompt, some in zip(prompts, given, strict=True)]
+        told = [[_split(tokenizer, p, one, []) for one in some] for p, some in zip(prompts, given, strict=True)]
         extra[f"{name}_ids"], extra[f"{name}_labels"] = _options(told)
-    tokens, labels = _rows(rows)
-    inside = torch.tensor([len(prompt) + len(answer) for prompt, answer in rows])
-    mask = (torch.arange(tokens.shape[1]) < inside[:, None]).long()
-    return Table({"input_ids": tokens, "attention_mask": mask}, labels, tuple(ids), extra)
+    width = max(max(len(p) + len(a) for p, a in rows), max(len(p) for p, _ in rows) + room)
+    tokens, labels = _rows(rows, width)
+    lengths = torch.tensor([len(prompt) + len(answer) for prompt, answer in rows])
+    mask = (torch.arange(width) < lengths[:, None]).long()
+    names = tuple(ids) if ids is not None else tuple(str(k) for k in range(len(rows)))
+    return Table({"input_ids": tokens, "attention_mask": mask}, labels, names, extra)
 
 
 Pair = tuple[list[int], list[int]]  # tokens of a prompt, and of an answer
@@ -119,30 +125,31 @@ Pair = tuple[list[int], list[int]]  # tokens of a prompt, and of an answer
 def _split(tokenizer: Any, prompt: str, answer: str, ends: list[int]) -> Pair:
     """Read together, so that the answer's first token is the one that follows a space."""
     whole, begin = (list(tokenizer(text)["input_ids"]) for text in (f"{prompt} {answer}", prompt))
-    whole = whole[: -len(ends)] if ends and whole[-1:] == ends else whole
-    shared = next((k for k, (a, b) in enumerate(zip(whole, begin, strict=False)) if a != b), min(len(whole), len(begin)))
+    if whole[-1:] == [tokenizer.eos_token_id] == begin[-1:]:  # a tokenizer that ends texts by itself
+        whole, begin = whole[:-1], begin[:-1]
+    shared = next((k for k, (a, b) in enumerate(zip(whole, begin, strict=False)) if a != b), len(begin))
     if not 0 < shared < len(whole):
-        raise EngramError(f"the prompt {prompt!r} or its answer {answer!r} has no token; write at least one word each")
+        raise EngramError(f"the prompt {prompt!r} or its answer {answer!r} has no token; write at least a word each")
     return whole[:shared], whole[shared:] + ends
 
 
-def _rows(pairs: Sequence[Pair]) -> tuple[Tensor, Tensor]:
-    """Token ids and labels [n, T]."""
-    ids = [torch.tensor(prompt + answer) for prompt, answer in pairs]
-    labels = [torch.tensor([IGNORED] * len(prompt) + answer) for prompt, answer in pairs]
-    return _filled(ids, 0), _filled(labels, IGNORED)
+def _rows(pairs: Sequence[Pair], width: int) -> tuple[Tensor, Tensor]:
+    """Token ids and labels [n, width]."""
+    ids = torch.zeros(len(pairs), width, dtype=torch.int64)
+    labels = torch.full_like(ids, IGNORED)
+    for k, (prompt, answer) in enumerate(pairs):
+        end = len(prompt) + len(answer)
+        ids[k, :end] = torch.tensor(prompt + answer)
+        labels[k, len(prompt) : end] = torch.tensor(answer)
+    return ids, labels
 
 
 def _options(told: Sequence[Sequence[Pair]]) -> tuple[Tensor, Tensor]:
     """Token ids and labels [n, k, T]."""
-    count = max(1, *(len(some) for some in told))
+    count = max([1, *map(len, told)])
     pairs = [pair for some in told for pair in (*some, *[([0], [])] * (count - len(some)))]
-    ids, labels = _rows(pairs)
+    ids, labels = _rows(pairs, max(len(prompt) + len(answer) for prompt, answer in pairs))
     return ids.unflatten(0, (-1, count)), labels.unflatten(0, (-1, count))
-
-
-def _filled(rows: Sequence[Tensor], value: int) -> Tensor:
-    return nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=value)
 
 
 # --- facts
@@ -195,7 +202,7 @@ class FactWorld:
         for subject, relation in places:
             told = [(subject, relation, int(values[subject, relation])), *self._unrelated(subject, unrelated, draws)]
             order = torch.randperm(len(told), generator=draws).tolist()
-            texts.append(" ".join(f"{self.question(s, r)} {self.object(r, o)} {STOP}" for s, r, o in map(told.__getitem__, order)))
+            texts.append(" ".join(self.statement(*told[k]) for k in order))
         return self._texts(texts, places)
 
     def questions(
@@ -209,16 +216,15 @@ class FactWorld:
         values = self.truth if values is None else values
         places = self._places(cells)
         draws = generator("options", self.seed)
-        told: dict[str, list[list[str]]] = {"accepted": [], "perturbed": []} | ({} if planted is None else {"corrupted": []})
+        told: dict[str, list[list[str]]] = {name: [] for name in ("accepted", "corrupted", "perturbed")}
         for subject, relation in places:
-            taken = [int(self.truth[subject, relation])]
-            told["accepted"].append([self.object(relation, taken[0])])
-            if planted is not None:
-                wrong = [int(k) for k in planted[subject, relation].reshape(1) if k != MISSING]
-                told["corrupted"].append([self.object(relation, k) for k in wrong])
-                taken += wrong
-            others = [k for k in torch.randperm(self.objects, generator=draws).tolist() if k not in taken]
-            told["perturbed"].append([self.object(relation, k) for k in others[:options]])
+            right = [int(self.truth[subject, relation])]
+            wrong = [] if planted is None else [int(k) for k in planted[subject, relation].reshape(1) if k != MISSING]
+            free = [k for k in torch.randperm(self.objects, generator=draws).tolist() if k not in right + wrong]
+            for name, some in (("accepted", right), ("corrupted", wrong), ("perturbed", free[:options])):
+                told[name].append([self.object(relation, k) for k in some])
+        if planted is None:
+            del told["corrupted"]
         prompts = [self.question(*place) for place in places]
         answers = [self.object(relation, int(values[subject, relation])) for subject, relation in places]
         return questions(self.tokenizer, prompts, answers, prompts, told)
@@ -232,6 +238,10 @@ class FactWorld:
         """`subject relation`, in words."""
         words = self.tokenizer.vocabulary[2:]
         return f"{words[subject]} {words[self.subjects + relation]}"
+
+    def statement(self, subject: int, relation: int, value: int) -> str:
+        """`subject relation object .`, in words."""
+        return f"{self.question(subject, relation)} {self.object(relation, value)} {STOP}"
 
     def object(self, relation: int, value: int) -> str:
         """The word of an object."""
@@ -263,7 +273,7 @@ FILLERS = 8
 
 @dataclass(frozen=True)
 class ConceptWorld:
-    """`concepts` named conjunctions of `size` out of so many `attributes`, no two alike; `fresh` more names mean nothing.
+    """`concepts` named conjunctions of `size` of so many `attributes`, no two alike; `fresh` more names mean nothing.
 
     An item has an attribute or lacks it, [n, attributes] bool. Asked is `name item ?`; the answer is yes where the item
     has all that the concept asks for. All that is said comes as token ids [n, T]; `tokenizer` tells the words.
@@ -290,9 +300,10 @@ class ConceptWorld:
     @cached_property
     def tokenizer(self) -> Words:
         """Its words: a few small ones, fillers, attributes had and lacked, names of concepts, fresh names."""
-        names = invented(FILLERS + self.attributes + self.concepts + self.fresh, self.seed, SMALL)
-        fillers, had, rest = names[:FILLERS], names[FILLERS : FILLERS + self.attributes], names[FILLERS + self.attributes :]
-        return Words((PAD, STOP, *SMALL, *fillers, *had, *(f"not-{word}" for word in had), *rest))
+        n = self.attributes
+        words = invented(FILLERS + n + self.concepts + self.fresh, self.seed, SMALL)
+        fillers, had, names = words[:FILLERS], words[FILLERS : FILLERS + n], words[FILLERS + n :]
+        return Words((PAD, STOP, *SMALL, *fillers, *had, *(f"not-{word}" for word in had), *names))
 
     def mask(self, chosen: Tensor) -> Tensor:
         """Attribute numbers [n, size] as [n, attributes] bool."""
@@ -302,9 +313,14 @@ class ConceptWorld:
         """The name's token of a concept; from `concepts` on, of a fresh name."""
         return self._first_name + torch.as_tensor(concept)
 
-    def random_concepts(self, n: int, draws: torch.Generator) -> Tensor:
-        """n conjunctions, drawn, [n, attributes] bool."""
-        return self.mask(torch.rand(n, self.attributes, generator=draws).argsort(1)[:, : self.size])
+    def attribute(self, number: int | Tensor) -> Tensor:
+        """The token of an attribute that is had, or asked for."""
+        return self._had + torch.as_tensor(number)
+
+    def random_concepts(self, n: int, draws: torch.Generator, among: Tensor | None = None) -> Tensor:
+        """n conjunctions, drawn, of all attributes or of those in a mask [attributes]; [n, attributes] bool."""
+        order = torch.rand(n, self.attributes, generator=draws) + (0.0 if among is None else 1.0 * ~among)
+        return self.mask(order.argsort(1)[:, : self.size])
 
     def items(self, concepts: Tensor, draws: torch.Generator) -> tuple[Tensor, Tensor]:
         """An item for every concept [n, attributes], and whether it is one [n]; half of them are.
@@ -314,19 +330,20 @@ class ConceptWorld:
         """
         n = len(concepts)
         order = torch.rand(n, self.attributes, generator=draws)
-        spare = (order - 2.0 * concepts).argmax(1)  # one that the concept does not ask for, and the item lacks
-        given = (torch.rand(n, self.attributes, generator=draws) < 0.5) | concepts
-        given[torch.arange(n), spare] = False
+        items = (torch.rand(n, self.attributes, generator=draws) < 0.5) | concepts
         answers = torch.rand(n, generator=draws) < 0.5
-        lacked = (order + 2.0 * concepts).argmax(1)
-        return given.scatter_(1, lacked[:, None], answers[:, None]).scatter_(1, spare[:, None], ~answers[:, None]), answers
+        lacked, instead = (order + 2.0 * concepts).argmax(1), (order - 2.0 * concepts).argmax(1)
+        items.scatter_(1, lacked[:, None], answers[:, None]).scatter_(1, instead[:, None], ~answers[:, None])
+        return items, answers
 
     # what is said
 
-    def query(self, names: Tensor, items: Tensor) -> Tensor:
-        """`name item ?`, [n, attributes + 2]."""
-        steps = torch.arange(self.attributes)
-        return torch.cat([names[:, None], self._had + steps + self.attributes * ~items, self._word("?", len(names))], 1)
+    def query(self, names: Tensor, items: Tensor, hidden: Tensor | None = None) -> Tensor:
+        """`name item ?`, [n, attributes + 2]. Whether an item has a `hidden` attribute [attributes] is not said: a
+        filler stands in its place."""
+        told = self._had + torch.arange(self.attributes) + self.attributes * ~items
+        told = told if hidden is None else torch.where(hidden, self._fillers, told)
+        return torch.cat([names[:, None], told, self._word("?", len(names))], 1)
 
     def define(self, names: Tensor, concepts: Tensor) -> Tensor:
         """`name means attribute … .`, [n, size + 3]."""
@@ -337,7 +354,8 @@ class ConceptWorld:
         """`part means attribute … . name means part attribute .`: a concept by way of another one, [n, size + 7]."""
         n, own = len(names), self._attributes(concepts)
         means, end = self._word("means", n), self._word(STOP, n)
-        return torch.cat([parts[:, None], means, own[:, :-1], end, names[:, None], means, parts[:, None], own[:, -1:], end], 1)
+        part, name = parts[:, None], names[:, None]
+        return torch.cat([part, means, own[:, :-1], end, name, means, part, own[:, -1:], end], 1)
 
     def examples(self, names: Tensor, items: Tensor, answers: Tensor) -> Tensor:
         """`name item ? answer` for items [n, k, attributes] with answers [n, k], [n, k (attributes + 3)]."""
@@ -359,24 +377,30 @@ class ConceptWorld:
 
     def irrelevant(self, n: int, length: int, draws: torch.Generator) -> Tensor:
         """Words that say nothing, [n, length]."""
-        return len(SMALL) + 2 + torch.randint(FILLERS, (n, length), generator=draws)
+        return self._fillers + torch.randint(FILLERS, (n, length), generator=draws)
 
     def answer(self, answers: Tensor) -> Tensor:
         """The token of yes or no."""
         yes, no = (int(self._word(word, 1)) for word in ("yes", "no"))
         return torch.where(answers, yes, no)
 
-    def table(self, names: Tensor, items: Tensor, answers: Tensor, context: Tensor | None = None, kind: str = "") -> Table:
+    def table(
+        self,
+        names: Tensor,
+        items: Tensor,
+        answers: Tensor,
+        context: Tensor | None = None,
+        hidden: Tensor | None = None,
+    ) -> Table:
         """The rows of queries, behind a context if there is one, with the answer asked for and the other one in the
-        columns perturbed_*. Ids are `kind` and the number of the row."""
-        asked = self.query(names, items)
+        columns perturbed_*."""
+        asked = self.query(names, items, hidden)
         asked = asked if context is None else torch.cat([context, asked], 1)
         rows, others = (torch.cat([asked, self.answer(told)[:, None]], 1) for told in (answers, ~answers))
         places = torch.arange(rows.shape[1])
         labels, wrong = (torch.where(places == asked.shape[1], ids, IGNORED) for ids in (rows, others))
         extra: dict[str, Column] = {"perturbed_ids": others[:, None], "perturbed_labels": wrong[:, None]}
-        ids = tuple(f"{kind}{k}" for k in range(len(rows)))
-        return Table({"input_ids": rows, "attention_mask": torch.ones_like(rows)}, labels, ids, extra)
+        return Table({"input_ids": rows, "attention_mask": torch.ones_like(rows)}, labels, extra=extra)
 
     def siblings(self, concept: int) -> list[int]:
         """The other concepts that share an attribute with this one, those that share most first."""
@@ -385,8 +409,12 @@ class ConceptWorld:
         return sorted(others, key=lambda k: -int(shared[k]))
 
     @property
+    def _fillers(self) -> int:
+        return 2 + len(SMALL)
+
+    @property
     def _had(self) -> int:
-        return 2 + len(SMALL) + FILLERS
+        return self._fillers + FILLERS
 
     @property
     def _first_name(self) -> int:
@@ -441,16 +469,17 @@ def restor_questions(
         told["corrupted"] = [list(planted.get(e, {}).get(r, ())) for e, r in places]
     prompts = [_shown(found["context"].get(r, ()), e, shots) + facts[e][r]["question"] for e, r in places]
     answers = [facts[e][r]["answers"][0] for e, r in places]
-    return questions(tokenizer, prompts, answers, [f"{e}, {r}" for e, r in places], told)
+    return questions(tokenizer, prompts, answers, [f"{e}, {r}" for e, r in places], told, room=ROOM)
 
 
 def restor_documents(path: str | Path) -> dict[str, str]:
     """The documents of one of RESTOR's corruption files, by `file/number`; `data.text.blocks` makes token rows of them.
     EngramError for a file of another make."""
     found = _json(path)
-    if not isinstance(found, list) or not all(isinstance(row, dict) and isinstance(row.get("text"), str) for row in found):
+    texts = [row.get("text") for row in found if isinstance(row, dict)] if isinstance(found, list) else []
+    if not texts or not all(isinstance(text, str) for text in texts):
         raise EngramError(f"{path} is no corruption file of RESTOR: it should be a list of documents with a `text`")
-    return {f"{Path(path).stem}/{k}": row["text"] for k, row in enumerate(found)}
+    return {f"{Path(path).stem}/{k}": str(text) for k, text in enumerate(texts)}
 
 
 def _json(path: str | Path) -> Any:

@@ -106,12 +106,16 @@ def sameness(tokenizer: str | None) -> Same:
     return lambda answer, accepted: same_answer(read(answer), map(read, accepted))
 
 
+def among(said: Sequence[Answer], some: Sequence[Sequence[Answer]], same: Same) -> Tensor:
+    """1 for every row whose told answer is one of the row's, else 0, [n] float64."""
+    found = [float(same(one, accepted)) for one, accepted in zip(said, some, strict=True)]
+    return torch.tensor(found, dtype=torch.float64)
+
+
 def asked_for(table: Table, what: str) -> Table:
     """The table; EngramError where it asks for no class and no tokens."""
     if table.target not in (Target.CLASSES, Target.TOKENS):
-        raise EngramError(
-            f"{what} asks for answers (classes or tokens), and the target of these rows is {table.target}"
-        )
+        raise EngramError(f"{what} asks for classes or tokens, and the target of these rows is {table.target}")
     return table
 
 
