@@ -101,8 +101,15 @@ def settings(learners: dict[str, Learner]) -> str:
 
 def page(title: str, body: str, command: str) -> str:
     """A page of results with the command that makes it and the machine in words."""
-    machine = f"{os.cpu_count()} CPU cores, {torch.get_num_threads()} thread, torch {torch.__version__.split('+')[0]}"
-    return f"# {title}\n\nMade by\n\n```\n{command}\n```\n\non {machine}.\n\n{body}\n"
+    return f"# {title}\n\nMade by\n\n```\n{command}\n```\n\non {machine()}.\n\n{body}\n"
+
+
+def machine() -> str:
+    """The machine in words; the GPU, if one was used."""
+    used = torch.cuda.is_initialized()
+    gpu = f"one {torch.cuda.get_device_name()}, " if used else ""
+    cores = f"{os.cpu_count()} CPU cores, {torch.get_num_threads()} thread" + (" a process" if used else "")
+    return f"{gpu}{cores}, torch {torch.__version__.split('+')[0]}"
 
 
 def said() -> str:

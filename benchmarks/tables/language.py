@@ -6,22 +6,23 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import yaml
 
 from benchmarks.tables.common import arguments, page, said, write
 from engram.compare.language import Comparison, Contest, summarise
 from engram.engine.progress import Terminal
 
 MEASURES = ("utility", "forget probability", "forget ROUGE-L", "retain probability", "retain ROUGE-L")
-INTRO = """TOFU: {authors} authors, {pairs} pairs, learnt by a GPT-2 of 128 wide and two layers with a byte-pair
-tokenizer of 2,048 tokens, trained from nothing for {epochs} epochs. Before anything is forgotten {known:.1%} of the
-answers come back by greedy decoding with a ROUGE-L recall of 0.95 or more ({exact:.1%} word for word), and
-{others:.1%} of those of authors that were never seen. Then a share of the authors must be forgotten. Forget
-quality is the p-value of a Kolmogorov-Smirnov test against the model of the same seed that was trained without
-them (geometric mean over seeds, and how many of the seeds pass 0.05); utility the harmonic mean of probability,
-ROUGE-L and truth ratio on retained pairs, for a model that was trained from nothing knows neither real authors
-nor world facts. **A model in ruins can have a high forget quality too: read it beside the utility.** Mean ±
-half of the 95 % t interval over three seeds. Every method tried {trials} settings on other authors; all train
-{last} epochs (AdamW, linear decay, batches of 8 forget pairs)."""
+INTRO = """TOFU: {authors} authors, {pairs} pairs, learnt by a GPT-2 of {layers} layers, {width} wide, with a byte-pair
+tokenizer of {vocabulary:,} tokens, trained from nothing for {epochs} epochs. Before anything is forgotten
+{known:.1%} of the answers come back by greedy decoding with a ROUGE-L recall of 0.95 or more ({exact:.1%} word
+for word); of those of authors that a model never saw it gives {others:.1%}. Then a share of the authors must be
+forgotten. Forget quality is the p-value of a Kolmogorov-Smirnov test against the model of the same seed that
+was trained without them (geometric mean over seeds, and how many of the seeds pass 0.05); utility the harmonic
+mean of probability, ROUGE-L and truth ratio on retained pairs, for a model that was trained from nothing knows
+neither real authors nor world facts. **A model in ruins can have a high forget quality too: read it beside the
+utility.** Mean ± half of the 95 % t interval over three seeds. Every method tried {trials} settings on {tuned};
+all train {last} epochs (AdamW, linear decay, batches of {batch} forget pairs)."""
 
 
 def main() -> None:
@@ -30,14 +31,21 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--methods", nargs="+", default=[], help="default: all")
     parser.add_argument("--points", nargs="+", type=int, default=[4, 10], help="epochs that are measured")
+    parser.add_argument("--plan", type=yaml.safe_load, default={}, help="YAML: other settings of the comparison")
     given = parser.parse_args()
-    plan = Comparison(str(given.data / "tofu"), methods=tuple(given.methods), points=tuple(given.points))
+    more = {key: tuple(value) if isinstance(value, list) else value for key, value in given.plan.items()}
+    plan = Comparison(str(given.data / "tofu"), methods=tuple(given.methods), points=tuple(given.points), **more)
     contest = Contest(plan, given.cache / "language", Terminal())
     rows = contest.execute()
     summary = summarise(rows)
     learnt = summary["learnt"]
     intro = INTRO.format(
-        authors=plan.authors,
+        authors=contest.authors,
+        width=plan.network["n_embd"],
+        layers=plan.network["n_layer"],
+        vocabulary=plan.vocabulary,
+        batch=plan.batch_size,
+        tuned="other authors" if plan.authors else "forgetting other authors of them",
         pairs=len(contest.train),
         epochs=plan.epochs,
         known=learnt["known"][0],

@@ -25,7 +25,9 @@ def add(command: Command) -> None:
     compare.add_argument("--requests", nargs="+", default=["random", "class", "subclass"], metavar="KIND")
     compare.add_argument("--stream", nargs=2, type=int, default=[2, 2], metavar=("BASE", "INCREMENT"), help="classes")
     compare.add_argument("--model", metavar="NAME", help="language: a directory or hub name to start from")
-    compare.add_argument("--authors", type=int, default=20, help="language: how many are learnt")
+    compare.add_argument(
+        "--authors", type=_count, default=20, metavar="N", help="language: how many are learnt, or all"
+    )
     compare.add_argument(
         "--fractions", nargs="+", type=float, default=[0.1, 0.2, 0.5], help="language: to be forgotten"
     )
@@ -34,8 +36,15 @@ def add(command: Command) -> None:
     compare.add_argument("--trials", type=int, help="settings that are tried for a method; default: 5, language: 3")
     compare.add_argument("--budget", type=float, help="seconds for these trials; default: 60, language: 600")
     compare.add_argument("--jobs", type=int, default=1, help="processes of one thread each")
+    compare.add_argument("--device", default="cpu", help="language: cpu, cuda, …")
     compare.add_argument("--estimate", action="store_true", help="say what it will take, and stop")
     compare.add_argument("--out", required=True, metavar="DIR", help="goes on where there is one")
+
+
+def _count(text: str) -> int | None:
+    if text != "all" and not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor all")
+    return None if text == "all" else int(text)
 
 
 def _compare(given: argparse.Namespace, rest: list[str]) -> None:
@@ -103,6 +112,7 @@ def _speakers(given: argparse.Namespace, shared: dict[str, Any]) -> Any:
         fractions=tuple(given.fractions),
         points=tuple(given.points),
         methods=tuple(given.methods),
+        device=given.device,
         **shared,
     )
     return Contest(plan, given.out, progress=progress_of(given))

@@ -132,6 +132,28 @@ def test_the_command_goes_on_and_draws_the_plane(
     assert "another comparison" in capsys.readouterr().err
 
 
+def test_all_authors_are_learnt_and_those_with_wrong_answers_measured(facts: Path, tmp_path: Path) -> None:
+    """Authors 2 to 5 have no wrong answers: they are learnt, and neither asked nor forgotten."""
+    rows = [json.loads(line) for line in facts.read_text().splitlines()]
+    for row in rows:
+        if 2 <= row["author"] < 6:
+            del row["perturbed_answer"]
+    source = tmp_path / "facts.jsonl"
+    source.write_text("\n".join(map(json.dumps, rows)))
+    settings = {**SMALL, "authors": None, "epochs": 2, "points": (1, 2), "jobs": 2, "trials": 1}
+    contest = Contest(Comparison(str(source), methods=("Nothing", "GA"), **settings), tmp_path / "out")
+    assert contest.authors == 8 and len(contest.train) == 24 and len(contest.asked[False]) == 12
+    for tuning, gone in ((False, {6, 7}), (True, {0, 1})):
+        asked = contest.tables(tuning, 0.25)
+        found = {
+            name: {rows[int(contest.train.rows_of([id])[0])]["author"] for id in asked[name].ids} for name in asked
+        }
+        assert found == {"forget": gone, "retain": {0, 1, 6, 7} - gone}
+        lost, kept = contest.split(contest.train, tuning, 0.25)
+        assert len(lost) == 6 and len(kept) == 18
+    assert [row["error"] for row in contest.execute()] == [""] * 8
+
+
 def test_bad_input_ends_in_a_sentence(facts: Path, tmp_path: Path) -> None:
     with pytest.raises(EngramError, match="NPO"):
         Comparison(str(facts), methods=("NOP",))

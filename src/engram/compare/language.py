@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -87,7 +87,8 @@ METHODS["NPO"] = tuple({**setting, "retain_weight": 0.0} for setting in METHODS[
 class Comparison:
     """`data`: a directory in TOFU's layout, or a JSON-lines file of pairs with their perturbed answers. `model`: a
     directory or a hub name to start from; None is a GPT-2 of the sizes in `network` with a tokenizer of its own.
-    `authors`: how many are learnt, and the same number again for tuning; `fractions` of them must be forgotten.
+    `authors`: how many are learnt, and the same number again for tuning; None learns all that there are, and tunes on
+    forgetting the first of them. `fractions` of them, the last ones, must be forgotten.
     `points`: the epochs of unlearning after which is measured, the last one being the end. `rows`: of each table that
     are measured, at most. `group`: the column that tells authors apart."""
 
@@ -98,7 +99,7 @@ class Comparison:
     epochs: int = 22
     lr: float = 3e-3
     batch_size: int = 8
-    authors: int = 20
+    authors: int | None = 20
     group: str = "author"
     fractions: tuple[float, ...] = (0.1, 0.2, 0.5)
     methods: tuple[str, ...] = ()
@@ -108,6 +109,8 @@ class Comparison:
     trials: int = 3
     budget: float = 600.0
     jobs: int = 1
+    device: str = "cpu"
+    precision: str = "float32"
 
     def __post_init__(self) -> None:
         for name in self.methods:
@@ -136,7 +139,9 @@ class Cell:
 
 
 class Contest(Work):
-    """A comparison in a directory; it can be interrupted and goes on."""
+    """A comparison in a directory; it can be interrupted and goes on, with more methods too."""
+
+    free = (*Work.free, "methods")
 
     def __init__(self, plan: Comparison, out: str | Path, progress: Progress | None = None) -> None:
         super().__init__(plan, out, progress)
@@ -144,9 +149,12 @@ class Contest(Work):
         files = [home / name for name in PAIRS if (home / name).exists()] if home.is_dir() else [home]
         if not files:
             raise EngramError(f"{home} holds none of {', '.join(PAIRS)}: no pairs to learn")
-        self.pairs = [row for row in read_pairs(*files) if row.get("perturbed_answer") and plan.group in row]
+        given = [row for row in read_pairs(*files) if plan.group in row]
+        self.pairs = [row for row in given if plan.authors is None or row.get("perturbed_answer")]
         self.tokenizer = self._tokenizer()
-        self.worlds = {tuning: self._world(tuning) for tuning in (False, True)}
+        worlds = [self._world(False)] if plan.authors is None else [self._world(False), self._world(True)]
+        asked = [self._asked(world) for world in worlds]
+        self.worlds, self.asked = ({False: tables[0], True: tables[-1]} for tables in (worlds, asked))
         self.train = self.worlds[False]  # what the page counts
 
     def cells(self) -> tuple[list[Cell], list[Cell]]:
@@ -168,7 +176,7 @@ class Contest(Work):
         unlearning = 2 * plan.points[-1] * one * float(np.mean(plan.fractions)) + 4 * len(plan.points)
         total = models * plan.epochs * one + (len(tuning) * plan.trials + len(reported)) * unlearning / plan.jobs
         return (
-            f"{len(plan.names)} methods, {len(plan.fractions)} shares of {plan.authors} authors ({len(self.train)} "
+            f"{len(plan.names)} methods, {len(plan.fractions)} shares of {self.authors} authors ({len(self.train)} "
             f"pairs), {len(plan.seeds)} seeds: {models} models to train, {len(tuning)} searches, {len(reported)} "
             f"cells; very roughly {total / 60:.0f} minutes"
         )
@@ -177,11 +185,7 @@ class Contest(Work):
         """Do the work; the rows of the table, which is written with a summary."""
         self.claim()
         tuning, reported = self.cells()
-        for seed in self.plan.seeds:
-            self.model(seed, False, 0.0)
-            for share in self.plan.fractions:
-                self.reference(seed, False, share)
-        self.reference(self.plan.seeds[0], True, self.plan.fractions[0])
+        self.each(self.models(), "learn")
         found = self.all(tuning, [{}] * len(tuning))
         chosen = {row["method"]: row["setting"] for row in found if row["chosen"]}
         own = {NOTHING: {}, **{name: settings[0] for name, settings in METHODS.items()}, **chosen}
@@ -191,28 +195,49 @@ class Contest(Work):
 
     # The models that all share
 
+    @property
+    def authors(self) -> int:
+        """How many are learnt."""
+        return len(set(self.train.extra[self.plan.group]))
+
+    def models(self) -> list[tuple[int, bool, float]]:
+        """What is trained: of every seed, one that learns all and those that never see a share; two to tune with."""
+        plan = self.plan
+        shares = (0.0, *plan.fractions)
+        tuning = [(plan.seeds[0], True, share) for share in shares[:2]]
+        return [*((seed, False, share) for seed in plan.seeds for share in shares), *tuning]
+
+    def learn(self, which: tuple[int, bool, float]) -> None:
+        """Train a model; measure it, if it is one to compare with."""
+        if which[2]:
+            self.reference(*which)
+        else:
+            self.model(*which)
+
     def model(self, seed: int, tuning: bool, share: float) -> nn.Module:
-        """The model that learnt all authors of a world but the last `share` of them."""
-        table = self.worlds[tuning] if not share else self.split(tuning, share)[1]
+        """The model that learnt all authors of a world but a `share` of them."""
+        table = self.split(self.worlds[tuning], tuning, share)[1] if share else self.worlds[tuning]
         name = f"{'tuning' if tuning else 'model'} {seed} without {share:g}"
-        return self._run().phase(name, lambda: self.recipe()(table, derive("model", seed, share)))
+        run = self._run()
+        return run.phase(name, lambda: self.recipe()(table, derive("model", seed, share), run))
 
     def reference(self, seed: int, tuning: bool, share: float) -> dict[str, Any]:
         """The evaluation log of the model that never saw the share; computed once."""
 
         def measure() -> dict[str, Any]:
-            return evaluate(self.model(seed, tuning, share), self.tables(tuning, share), tokenizer=self.tokenizer)
+            return self.log(self.model(seed, tuning, share), self.tables(tuning, share))
 
         return self._run().phase(f"log {tuning} {seed} without {share:g}", measure)
 
     def knowledge(self) -> list[Row]:
-        """How much of the learnt pairs, and of authors never seen, each model tells: the share of answers with a
-        ROUGE-L recall of 0.95 or more, and of those that are right word for word."""
+        """How much of the learnt pairs each model tells, and how much of them one that never saw their authors: the
+        share of answers with a ROUGE-L recall of 0.95 or more, and of those that are right word for word."""
 
         def measure(seed: int) -> Row:
-            tables = {"retain": self.worlds[False], "forget": self.worlds[True]}
-            logs = evaluate(self.model(seed, False, 0.0), tables, tokenizer=self.tokenizer)
-            learnt, new = (list(logs[SECTIONS[name]]["rougeL_recall"].values()) for name in ("retain", "forget"))
+            share = max(self.plan.fractions)
+            without = self.reference(seed, False, share)[SECTIONS["forget"]]
+            logs = self.log(self.model(seed, False, 0.0), {"retain": self.asked[False]})[SECTIONS["retain"]]
+            learnt, new = (list(log["rougeL_recall"].values()) for log in (logs, without))
             return {
                 "method": "learnt",
                 "seed": seed,
@@ -234,17 +259,19 @@ class Contest(Work):
 
     # The rows
 
-    def split(self, tuning: bool, share: float) -> tuple[Table, Table]:
-        """The pairs of the last authors, and those of the others."""
-        world = self.worlds[tuning]
-        authors = list(dict.fromkeys(world.extra[self.plan.group]))
-        gone = set(authors[-max(1, round(share * len(authors))) :])
-        mask = [name in gone for name in world.extra[self.plan.group]]
-        return world.take(mask), world.take([not lost for lost in mask])
+    def split(self, table: Table, tuning: bool, share: float) -> tuple[Table, Table]:
+        """Those rows of a world that are of its last authors, and those of the others; of the first authors, where all
+        are learnt and settings tuned on them."""
+        authors = list(dict.fromkeys(self.worlds[tuning].extra[self.plan.group]))
+        count = max(1, round(share * len(authors)))
+        gone = set(authors[:count] if tuning and self.plan.authors is None else authors[-count:])
+        mask = [name in gone for name in table.extra[self.plan.group]]
+        return table.take(mask), table.take([not lost for lost in mask])
 
     def tables(self, tuning: bool, share: float) -> dict[str, Table]:
         """What is measured: rows of the forgotten and of the retained authors, evenly spread, and of the others."""
-        gone, kept = (_spread(table, self.plan.rows) for table in self.split(tuning, share))
+        parts = self.split(self.asked[tuning], tuning, share)
+        gone, kept = (_spread(table, self.plan.rows) for table in parts)
         return {"forget": gone, "retain": kept, **self._others()}
 
     def _others(self) -> dict[str, Table]:
@@ -257,6 +284,8 @@ class Contest(Work):
     def _world(self, tuning: bool) -> Table:
         """Authors that are learnt: evenly spread ones, and for tuning their neighbours."""
         plan = self.plan
+        if plan.authors is None:
+            return pairs(self.pairs, self.tokenizer)
         counts = Counter(str(row[plan.group]) for row in self.pairs)
         authors = [author for author, count in counts.items() if 2 * count >= max(counts.values())]
         if len(authors) < 2 * plan.authors:
@@ -267,6 +296,14 @@ class Contest(Work):
         places = 2 * np.linspace(0, len(authors) // 2 - 1, plan.authors).round().astype(int) + tuning
         wanted = {authors[place] for place in places}
         return pairs([row for row in self.pairs if str(row[plan.group]) in wanted], self.tokenizer)
+
+    def _asked(self, world: Table) -> Table:
+        """The pairs of a world that can be measured: those with wrong answers."""
+        ids = set(world.ids)
+        found = [row for row in self.pairs if str(row["id"]) in ids and row.get("perturbed_answer")]
+        if not found:
+            raise EngramError(f"no pair of {self.plan.data} has a perturbed_answer, so that nothing can be measured")
+        return pairs(found, self.tokenizer)
 
     def _tokenizer(self) -> Any:
         if self.plan.model is not None:
@@ -322,11 +359,11 @@ class Contest(Work):
                 found.append(row)
                 measuring += time.process_time() - begin
 
-        gone, kept = self.split(cell.tuning, cell.fraction)
+        world = self.worlds[cell.tuning]
+        gone, kept = self.split(world, cell.tuning, cell.fraction)
         try:
-            request = Request.of_records(self.worlds[cell.tuning], gone.ids).but(retain=kept)
-            method = self.method(setting)
-            new = method.forget(model, request, Run(seed=derive(cell.name), watch=watch))
+            request = Request.of_records(world, gone.ids).but(retain=kept)
+            new = self.method(setting).forget(model, request, self._run(derive(cell.name), watch))
             seconds = time.process_time() - start - measuring
             return [*found, {**base, "epoch": self.plan.points[-1], **self.measures(new, cell), "seconds": seconds}]
         except (EngramError, RuntimeError, ValueError, ArithmeticError) as error:
@@ -357,8 +394,7 @@ class Contest(Work):
     def measures(self, model: nn.Module, cell: Cell) -> dict[str, float]:
         """Scores on forget and retain rows, utility, forget quality against the model that never saw the authors."""
         known = self.reference(cell.seed, cell.tuning, cell.fraction)
-        with evaluating(model):
-            logs = evaluate(model, self.tables(cell.tuning, cell.fraction), tokenizer=self.tokenizer)
+        logs = self.log(model, self.tables(cell.tuning, cell.fraction))
         kept = [name for name in SECTIONS if name != "forget" and SECTIONS[name] in logs]
         scores = {part: scores_of(logs, part) for part in ("forget", "retain")}
         utility, usual = utility_of(logs, kept), utility_of(known, kept)
@@ -373,8 +409,20 @@ class Contest(Work):
             "score": 2 * share * (1 - statistic) / max(share + 1 - statistic, 1e-12),
         }
 
-    def _run(self) -> Run:
-        return Run(self.out / "models", progress=self.progress)
+    def log(self, model: nn.Module, tables: Mapping[str, Table]) -> dict[str, Any]:
+        """A model's evaluation log; the model stays in the mode that it is in."""
+        with evaluating(model):
+            return evaluate(model, tables, Run(device=self.plan.device), tokenizer=self.tokenizer)
+
+    def _run(self, seed: int | None = None, watch: Watch | None = None) -> Run:
+        """What trains models, whose phases are kept; with a seed, what a method of this seed forgets with."""
+        how: dict[str, Any] = {"device": self.plan.device, "precision": self.plan.precision}
+        if seed is None:
+            return Run(self.out / "models", progress=self.progress, **how)
+        return Run(seed=seed, watch=watch, **how)
+
+
+Watch = Callable[[tuple[str, ...], int, nn.Module], None]
 
 
 PLANE = ("utility", "forget quality")

@@ -95,19 +95,24 @@ class Work:
         left = [(cell, setting) for cell, setting in pairs if not self._file(cell).exists()]
         if left and self.progress is not None:
             self.progress.say(f"{len(left)} of {len(cells)} cells to do")
-        if self.plan.jobs == 1:
-            for cell, setting in left:
-                self.keep(cell, setting)
-        else:
-            from joblib import Parallel, delayed
-
-            here = type(self), self.plan, self.out
-            Parallel(n_jobs=self.plan.jobs)(delayed(_elsewhere)(*here, *pair) for pair in left)
+        self.each(left, "keep")
         return [row for cell in cells for row in json.loads(self._file(cell).read_text())]
 
-    def keep(self, cell: Cell, setting: Mapping[str, Any]) -> None:
-        """Do a cell and write its rows."""
+    def keep(self, pair: tuple[Cell, Mapping[str, Any]]) -> None:
+        """Do a cell with its setting and write its rows."""
+        cell, setting = pair
         write_atomic(self._file(cell), json.dumps(self.do(cell, setting)))
+
+    def each(self, things: Sequence[Any], name: str) -> None:
+        """Call the method of this name with each of the things, in `jobs` processes."""
+        if self.plan.jobs == 1:
+            for thing in things:
+                getattr(self, name)(thing)
+            return
+        from joblib import Parallel, delayed
+
+        here = type(self), self.plan, self.out
+        Parallel(n_jobs=self.plan.jobs)(delayed(_elsewhere)(*here, name, thing) for thing in things)
 
     def write(self, name: str, rows: Sequence[Row], summary: Mapping[str, Any]) -> None:
         """Put the table of rows and the summary down."""
@@ -136,9 +141,15 @@ def spread(values: Sequence[float | None]) -> list[float] | None:
     return [estimate.value, estimate.high - estimate.value if len(finite) > 1 else float("nan")]
 
 
-def _elsewhere(kind: type[Work], plan: Any, out: Path, cell: Cell, setting: Mapping[str, Any]) -> None:
+AT_WORK: dict[str, Work] = {}  # made once in every process
+
+
+def _elsewhere(kind: type[Work], plan: Any, out: Path, name: str, thing: Any) -> None:
     torch.set_num_threads(1)
-    kind(plan, out).keep(cell, setting)
+    key = f"{kind} {plan} {out}"
+    if key not in AT_WORK:
+        AT_WORK[key] = kind(plan, out)
+    getattr(AT_WORK[key], name)(thing)
 
 
 def _cell(value: Any) -> Any:

@@ -143,11 +143,12 @@ def pairs(
             raise EngramError(f"row {row['id']!r} has {len(asked) + len(told)} tokens, more than {limit}; shorten it")
         return [*asked, *told], [IGNORED] * len(asked) + told
 
-    ids, labels = _padded([written(row, row["answer"]) for row in given])
-    lengths = torch.tensor([len(written(row, row["answer"])[0]) for row in given])
+    texts = [written(row, row["answer"]) for row in given]
+    ids, labels = _padded(texts)
+    lengths = torch.tensor([len(tokens) for tokens, _ in texts])
     mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
-    texts = {k: tuple(str(row[k]) for row in given) for k in given[0] if _kept(k) and all(k in row for row in given)}
-    extra: dict[str, Any] = {**texts, **_others(given, written)}
+    told = {k: tuple(str(row[k]) for row in given) for k in given[0] if _kept(k) and all(k in row for row in given)}
+    extra: dict[str, Any] = {**told, **_others(given, written)}
     return Table({"input_ids": ids, "attention_mask": mask}, labels, tuple(str(row["id"]) for row in given), extra)
 
 

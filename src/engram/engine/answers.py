@@ -7,8 +7,7 @@ tables hold other classes in a column NAME_labels [n, k], MISSING where there ar
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -34,17 +33,43 @@ def told(model: nn.Module, table: Table, run: Run) -> list[Answer]:
         return predict(model, table, run=run).argmax(1)[:, None].tolist()
     assert table.labels is not None
     begin, ids, stop = questions(table.labels).tolist(), table.inputs["input_ids"], _stop(model)
-    alike = defaultdict(list)
-    for row, length in enumerate(begin):
-        alike[length].append(row)
-    found: dict[int, Answer] = {}
-    for length, members in alike.items():
-        for some in torch.tensor(members).split(AT_ONCE):
-            prompt = ids[some, :length].to(run.device)
-            answers = greedy(model, prompt, ids.shape[1] - length, stop).tolist()
-            found.update({row: _until(answer, stop) for row, answer in zip(some.tolist(), answers, strict=True)})
+    width, found = ids.shape[1], dict[int, Answer]()
+    for rows in _alike(begin, _spread(model, width)):
+        prompt, mask = _prompts([ids[row, : begin[row]] for row in rows])
+        most = width - min(begin[row] for row in rows)
+        answers = greedy(model, prompt.to(run.device), most, stop, mask.to(run.device)).tolist()
+        cut = (answer[: width - begin[row]] for row, answer in zip(rows, answers, strict=True))
+        found.update(zip(rows, (_until(answer, stop) for answer in cut), strict=True))
     run.cost.rows += len(table)
     return [found[row] for row in range(len(table))]
+
+
+def _alike(lengths: Sequence[int], spread: int) -> Iterator[list[int]]:
+    """The numbers of some prompts, longest first, whose lengths differ by `spread` at most; together all of them."""
+    some: list[int] = []
+    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+        if some and (len(some) == AT_ONCE or lengths[some[0]] - lengths[row] > spread):
+            yield some
+            some = []
+        some.append(row)
+    if some:
+        yield some
+
+
+def _spread(model: Any, width: int) -> int:
+    """By how much the lengths of prompts may differ that are answered together: none of them may outgrow the model."""
+    if not hasattr(model, "generate"):
+        return 0
+    room = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    return max(room - width, 0) if isinstance(room, int) else width
+
+
+def _prompts(given: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Prompts filled up on the left, and which of their tokens are theirs, [B, T]."""
+    filled = nn.utils.rnn.pad_sequence(list(given), batch_first=True, padding_side="left")
+    lengths = torch.tensor([len(prompt) for prompt in given])
+    places = torch.arange(filled.shape[1]) >= filled.shape[1] - lengths[:, None]
+    return filled, places.long()
 
 
 def truths(model: nn.Module, table: Table) -> list[Answer]:

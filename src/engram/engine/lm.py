@@ -110,15 +110,16 @@ def _put(old: Tensor, before: Tensor, inside: Tensor, new: Tensor) -> Tensor:
     return torch.where(before, old, torch.where(inside, new.to(old.dtype), 0))
 
 
-def greedy(model: Any, prompt: Tensor, length: int, stop: int | None = None) -> Tensor:
-    """The likeliest continuation [B, up to `length`] of prompts [B, T] of one length, token by token; after the token
-    `stop`, which ends an answer, nothing but it.
+def greedy(model: Any, prompt: Tensor, length: int, stop: int | None = None, mask: Tensor | None = None) -> Tensor:
+    """The likeliest continuation [B, up to `length`] of prompts [B, T], token by token; after the token `stop`, which
+    ends an answer, nothing but it.
 
     A transformers model generates by itself, with its cache; with any other, a token costs a pass over all before it.
+    `mask` [B, T]: 0 where a shorter prompt is filled up, on the left; for models that generate by themselves.
     """
     with evaluating(model):
         if hasattr(model, "generate") and length > 0:
-            mask = torch.ones_like(prompt)
+            mask = torch.ones_like(prompt) if mask is None else mask
             ends = {"eos_token_id": stop, "pad_token_id": stop if stop is not None else 0}
             found = model.generate(prompt, attention_mask=mask, max_new_tokens=length, do_sample=False, **ends)
             return found[:, prompt.shape[1] :]

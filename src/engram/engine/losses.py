@@ -87,7 +87,8 @@ def by_target(logits: Tensor, labels: Tensor) -> Mean:
 def token_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Next-token cross-entropy [B, T-1] (0 where nothing is asked) and the number of answer tokens [B]."""
     targets = labels[:, 1:]
-    losses = F.cross_entropy(logits[:, :-1].float().transpose(1, 2), targets, reduction="none", ignore_index=IGNORED)
+    flat = logits[:, :-1].flatten(0, 1).float(), targets.flatten()  # a softmax along the last axis is twice as fast
+    losses = F.cross_entropy(*flat, reduction="none", ignore_index=IGNORED).view(targets.shape)
     return losses, (targets != IGNORED).sum(1)
 
 

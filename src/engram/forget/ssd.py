@@ -99,7 +99,8 @@ class SSD(Forgetter):
         with torch.no_grad():
             for name, parameter in new.named_parameters():
                 if name in of_forget:
-                    parameter.mul_(self.factors(of_forget[name], of_all[name]).to(parameter))
+                    mine, everyones = (found[name].to(parameter.device) for found in (of_forget, of_all))
+                    parameter.mul_(self.factors(mine, everyones).to(parameter))
         return new
 
     def found(

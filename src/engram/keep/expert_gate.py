@@ -144,7 +144,9 @@ class ExpertGate(GradientLearner):
 
         def step(batch: Batch) -> Mean:
             x = batch.inputs["values"]
-            return Mean.over(F.binary_cross_entropy(part(x)[1], x, reduction="sum"), float(len(batch)))
+            told = part(x)[1].float()
+            with torch.autocast(x.device.type, enabled=False):  # which refuses this loss at half precision
+                return Mean.over(F.binary_cross_entropy(told, x, reduction="sum"), float(len(batch)))
 
         fit(
             step,

@@ -97,7 +97,7 @@ class ICaRL(GradientLearner):
     def terms(self, batch: Batch, output: Output) -> Mean:
         assert batch.labels is not None and output.logits is not None
         logits = output.logits
-        targets = F.one_hot(batch.labels, logits.shape[1]).to(logits)
+        targets = F.one_hot(batch.labels, logits.shape[1]).float()
         if self.teacher is not None:
             targets[:, self.old] = torch.sigmoid(self.teacher(batch)[:, self.old])
         live = torch.isfinite(logits).all(0)

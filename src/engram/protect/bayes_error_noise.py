@@ -98,7 +98,7 @@ class BayesErrorNoise(Protector):
                 every=self.refresh,
                 run=run,
             )
-        return _with_pixels(table, stored(moved, table.inputs[PIXELS], self.eps))
+        return _with_pixels(table, stored(moved.cpu(), table.inputs[PIXELS], self.eps))
 
     def estimate(self, table: Table, run: Run | None = None, model: nn.Module | None = None) -> float:
         """The Bayes error of a table in the features of a model; left out, of a network that `recipe` trains on it."""

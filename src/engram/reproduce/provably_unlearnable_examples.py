@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,7 @@ from engram.engine.ascend import ascend, ball
 from engram.engine.optimizer import Optimizer
 from engram.engine.predict import accuracy
 from engram.engine.recipe import Recipe
+from engram.engine.run import Run
 from engram.protect.bayes_error_noise import BayesErrorNoise, bayes_error
 from engram.reproduce.claims import Claim
 from engram.reproduce.digits import digits
@@ -91,26 +93,43 @@ def _digits(seed: int) -> tuple[float, float, float, float]:
     return METHOD.estimate(protected) - METHOD.estimate(own), alone, together, minimising
 
 
-def error_minimising(table: Table, seed: int, rounds: int = 6, steps: int = 20) -> Table:
+def error_minimising(
+    table: Table,
+    seed: int,
+    rounds: int = 6,
+    steps: int = 20,
+    *,
+    eps: float = NOISE,
+    network: Any = CNN,
+    lr: float = 0.02,
+    run: Run | None = None,
+) -> Table:
     """Images that a network finds too easy to learn anything from, by turns with its training, an epoch each.
 
     Huang et al.: Unlearnable Examples: Making Personal Data Unexploitable. ICLR 2021, arXiv 2101.04898.
     """
-    labels = table.labels
-    assert labels is not None
-    network: list[nn.Module] = []
+    run = run or Run()
+    assert table.labels is not None
+    labels = table.labels.to(run.device)
+    trained: list[nn.Module] = []
 
     def renew(x: Tensor, k: int) -> None:
-        start = network[-1].requires_grad_(True) if network else CNN
+        start = trained[-1].requires_grad_(True) if trained else network
         recipe = replace(RECIPE, network=start, optimizer=Optimizer(lr=1e-2), epochs=1)
-        network.append(recipe(replace(table, inputs={"pixel_values": x}), seed).requires_grad_(False))
+        moved = replace(table, inputs={"pixel_values": x.cpu()})
+        trained.append(recipe(moved, seed, run).requires_grad_(False))
 
     def easier(x: Tensor) -> Tensor:
-        return -F.cross_entropy(network[-1](pixel_values=x).logits, labels)
+        return -F.cross_entropy(trained[-1](pixel_values=x).logits, labels)
 
-    plan = Optimizer(lr=0.02)
-    x = table.inputs["pixel_values"]
     moved = ascend(
-        x, easier, project=ball(NOISE, 0.0, 1.0), steps=rounds * steps, optimizer=plan, renew=renew, every=steps
+        table.inputs["pixel_values"],
+        easier,
+        project=ball(eps, 0.0, 1.0),
+        steps=rounds * steps,
+        optimizer=Optimizer(lr=lr),
+        renew=renew,
+        every=steps,
+        run=run,
     )
-    return replace(table, inputs={"pixel_values": moved})
+    return replace(table, inputs={"pixel_values": moved.cpu()})
