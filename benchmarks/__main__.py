@@ -6,7 +6,7 @@ import os
 import sys
 from importlib import import_module
 
-MODULES = ("engine", "many", "forgetting", "keeping", "preference", "language")
+MODULES = ("engine", "many", "forgetting", "evidence", "keeping", "preference", "language")
 
 
 def main() -> None:

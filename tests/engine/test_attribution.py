@@ -201,18 +201,24 @@ def test_scores_are_means_over_checkpoints_and_the_model_is_left_alone() -> None
     torch.testing.assert_close(both, (alone[0] + alone[1]) / 2)
 
 
-def test_a_projection_in_chunks_is_one_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attribution, "ENTRIES", 64)
-    rows = normal(3, 50).double()
-    held = Projection(50, 8, 1)
-    monkeypatch.setattr(attribution, "KEPT", 0)
-    drawn = Projection(50, 8, 1)
-    matrix = torch.cat([drawn.chunk(k) for k in range(7)]).double()
-    assert matrix.shape == (50, 8) and set(matrix.unique().tolist()) == {-1.0, 1.0}
-    for project in (held, drawn):
-        torch.testing.assert_close(project(rows), rows @ matrix / 8**0.5, rtol=1e-12, atol=1e-12)
-    assert not torch.equal(Projection(50, 8, 2)(rows), drawn(rows))
+def test_a_projection_is_one_sparse_matrix_of_signs() -> None:
+    rows, project = normal(3, 50).double(), Projection(50, 8, 1)
+    matrix = project(torch.eye(50).double())
+    assert ((matrix != 0).sum(1) == 1).all() and set(matrix.unique().tolist()) == {-1.0, 0.0, 1.0}
+    torch.testing.assert_close(project(rows), rows @ matrix, rtol=1e-12, atol=1e-12)
+    assert not torch.equal(Projection(50, 8, 2)(rows), project(rows))
     assert torch.equal(Projection(50, 50, 1)(rows), rows)
+
+
+def test_inner_products_are_kept_in_the_mean() -> None:
+    """Over many seeds: no bias, and the variance of a dense matrix of signs, (1 + (a b)² - 2 sum of a² b²) / width."""
+    a, b = (row / row.norm() for row in normal(2, 300).double())
+    pair = torch.stack([a, 0.6 * a + 0.8 * b])
+    pair /= pair.norm(dim=1, keepdim=True)
+    found = torch.stack([(z := Projection(300, 40, seed)(pair))[0] @ z[1] for seed in range(2000)])
+    variance = (1 + (pair[0] @ pair[1]) ** 2 - 2 * (pair[0] ** 2 @ pair[1] ** 2)) / 40
+    assert abs(found.mean() - pair[0] @ pair[1]) < 4 * (variance / 2000) ** 0.5
+    assert found.var() == pytest.approx(float(variance), rel=0.15)
 
 
 def test_inner_products_survive_a_projection() -> None:

@@ -119,3 +119,14 @@ def test_alignment_and_uniformity() -> None:
     spread = torch.tensor([[1.0, 0], [0, 1], [-1, 0]])
     assert uniformity(spread) == pytest.approx(log((2 * exp(-4) + exp(-8)) / 3))
     assert uniformity(axes[[0] * 101]) == pytest.approx(0, abs=1e-14)
+
+
+@pytest.mark.parametrize("unbiased", [False, True])
+def test_many_rows_are_taken_in_blocks(unbiased: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y = random(50, 6) + 100, random(50, 4).float()
+    y[:, :3] += x[:, :3].float()
+    whole = cka(x, y, unbiased=unbiased)
+    monkeypatch.setattr(similarity, "BLOCK", 7)
+    assert cka(x, y, unbiased=unbiased) == pytest.approx(whole, abs=1e-9)
+    assert cka(x, x, unbiased=unbiased) == pytest.approx(1)
+    assert isnan(cka(torch.full((50, 3), 0.7, dtype=torch.float64), y, unbiased=unbiased))

@@ -42,8 +42,7 @@ from engram.stats.scores import margin
 from engram.stats.seeds import derive, generator
 
 BLOCK = 128  # models trained before they are asked and let go
-ENTRIES = 2**22  # of a projection, drawn at once
-KEPT = 2**24  # entries up to which a projection is drawn only once
+ENTRIES = 2**22  # of a product, formed at once
 RANK = 1e-10  # eigenvalues of the Gram matrix below this share of the largest count as 0
 
 
@@ -177,7 +176,7 @@ def trak(
 
     `width`: dimensions after the projection; at least as many as there are trainable parameters means no projection.
     EngramError for no checkpoints and rows without labels. Cost: a per-row gradient of each row (numbers: of each
-    output), C of each query, each projected in P * width; memory 32 P + n width + r q C.
+    output), C of each query; memory 32 P + n width + r q C.
     """
     return torch.stack([one.scores(queries, rows) for one in _tracers(checkpoints, table, width, run)]).mean(0)
 
@@ -204,37 +203,26 @@ def _tracers(checkpoints: Sequence[nn.Module], table: Table, width: int, run: Ru
 
 
 class Projection:
-    """[P] to `width` dimensions by random signs, ±1/sqrt(width): inner products are kept in the mean, off by about
-    |a| |b| / sqrt(width) (Achlioptas 2003). The identity if `width` is at least P.
+    """[P] to `width` dimensions by a count sketch (Charikar, Chen, Farach-Colton 2002): every coordinate is added, with
+    a random sign, to one place drawn at random. Inner products are kept in the mean, off by about |a| |b| /
+    sqrt(width), as they are by a dense matrix of signs, at P operations a row instead of P * width. The identity if
+    `width` is at least P.
 
-    The matrix is a function of the seed; it is drawn in chunks, anew each time unless it is small.
+    A function of the seed; memory 12 P bytes.
     """
 
     def __init__(self, size: int, width: int, seed: int) -> None:
-        self.size, self.seed, self.identity = size, seed, width >= size
-        self.width = min(width, size)
-        self.step = max(1, ENTRIES // self.width)
-        self._chunks: list[Tensor] | None = None
-        if size * self.width <= KEPT and not self.identity:
-            self._chunks = [self._draw(first) for first in range(0, size, self.step)]
+        self.size, self.identity, self.width = size, width >= size, min(width, size)
+        draws = generator(seed, "sketch")
+        self.places = torch.randint(self.width, (size,), generator=draws)
+        self.signs = torch.randint(2, (size,), generator=draws).float() * 2 - 1
 
     def __call__(self, rows: Tensor) -> Tensor:
         """[B, P] to [B, width]."""
         if self.identity:
             return rows
         found = rows.new_zeros(len(rows), self.width)
-        for k, part in enumerate(rows.split(self.step, 1)):
-            found.addmm_(part, self.chunk(k).to(part))
-        return found / self.width**0.5
-
-    def chunk(self, k: int) -> Tensor:
-        """The k-th rows of the matrix of signs, [step, width] float32."""
-        return self._draw(k * self.step) if self._chunks is None else self._chunks[k]
-
-    def _draw(self, first: int) -> Tensor:
-        shape = min(self.step, self.size - first), self.width
-        signs = torch.randint(2, shape, generator=generator(self.seed, "chunk", first), dtype=torch.int8)
-        return signs.float().mul_(2).sub_(1)
+        return found.index_add_(1, self.places.to(rows.device), rows * self.signs.to(rows))
 
 
 class _Tracer:

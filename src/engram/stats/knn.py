@@ -14,7 +14,7 @@ Metric = Literal["cosine", "l2", "dot"]
 
 
 def nearest(
-    q: Tensor, bank: Tensor, k: int, *, metric: Metric = "cosine", block: int = 4096, drop_self: bool = False
+    q: Tensor, bank: Tensor, k: int, *, metric: Metric = "cosine", block: int = 2048, drop_self: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Values and indices, both [m, k], of the k rows of bank [n, d] nearest to each row of q [m, d], in order.
 
@@ -63,12 +63,13 @@ def _search(q: Tensor, bank: Tensor, k: int, metric: Metric, block: int, first: 
     for start in range(0, len(bank), block):
         part = bank[start : start + block]
         score = _score(q, part, metric)
-        where = torch.arange(start, start + len(part), device=q.device).expand(len(q), -1)
-        if first is not None:
-            own = torch.arange(first, first + len(q), device=q.device).unsqueeze(1)
-            score = score.masked_fill(where == own, -torch.inf)
-        values, picked = _top(torch.cat([values, score], 1), k)
-        indices = torch.cat([indices, where], 1).gather(1, picked)
+        if first is not None:  # row i of these queries is row first + i of the bank
+            own = torch.arange(first - start, first - start + len(q), device=q.device)
+            here = ((own >= 0) & (own < len(part))).nonzero()[:, 0]
+            score[here, own[here]] = -torch.inf
+        best, where = _top(score, k)
+        values, picked = _top(torch.cat([values, best], 1), k)
+        indices = torch.cat([indices, where + start], 1).gather(1, picked)
     return values, indices
 
 
@@ -83,9 +84,18 @@ def _score(q: Tensor, bank: Tensor, metric: Metric) -> Tensor:
 def _top(score: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Like topk, but of equal scores the first columns win, whatever the device."""
     k = min(k, score.shape[1])
-    last = score.topk(k, 1).values[:, -1:]
-    equal, above = score == last, score > last
-    taken = above | (equal & (equal.cumsum(1) <= k - above.sum(1, keepdim=True)))
-    columns = taken.nonzero()[:, 1].view(len(score), k)
+    values, columns = score.topk(k, 1)
+    last = values[:, -1:]
+    tied = (score == last).sum(1) > (values == last).sum(1)
+    if bool(tied.any()):
+        columns[tied] = _first_of_equals(score[tied], last[tied], k)
+    columns = columns.sort(1).values
     values, order = score.gather(1, columns).sort(dim=1, descending=True, stable=True)
     return values, columns.gather(1, order)
+
+
+def _first_of_equals(score: Tensor, last: Tensor, k: int) -> Tensor:
+    """The columns [m, k] of the scores above the k-th, `last`, and of the first that equal it."""
+    equal, above = score == last, score > last
+    taken = above | (equal & (equal.cumsum(1) <= k - above.sum(1, keepdim=True)))
+    return taken.nonzero()[:, 1].view(len(score), k)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from math import isnan
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from engram.errors import EngramError
+
+BLOCK = 1024  # rows that are taken at once
 
 
 def cka(x: Tensor, y: Tensor, *, unbiased: bool = True) -> float:
@@ -17,9 +20,13 @@ def cka(x: Tensor, y: Tensor, *, unbiased: bool = True) -> float:
     1 for representations equal up to rotation, scale and shift. `unbiased` uses HSIC1 (n >= 4, Song et al.
     2012) and may be slightly negative; the biased form drifts to 1 as n falls below d. NaN when one side is
     constant. Raises EngramError when n is too small or differs. O(n d²), or O(n² d) when that is less;
-    float64.
+    float64. Memory beside the rows: their copies up to 1024 rows, else d² and 1024 of them.
     """
-    x, y = _pair(x, y, 4 if unbiased else 2)
+    _check_rows(x, y, 4 if unbiased else 2)
+    if len(x) > BLOCK:
+        xs, ys = _Centred(x), _Centred(y)
+        return _ratio(*(_hsic_of_blocks(*pair, unbiased) for pair in ((xs, ys), (xs, xs), (ys, ys))))
+    x, y = _centred(x), _centred(y)
     return _ratio(_hsic(x, y, unbiased), _hsic(x, x, unbiased), _hsic(y, y, unbiased))
 
 
@@ -37,7 +44,8 @@ class StreamingCKA:
         """Take in one batch, x [n, dx] and y [n, dy]."""
         if len(x) == len(y) < 4:
             return
-        x, y = _pair(x, y, 4)
+        _check_rows(x, y, 4)
+        x, y = _centred(x), _centred(y)
         self._sums += torch.tensor([_hsic(x, y, True), _hsic(x, x, True), _hsic(y, y, True)])
 
     def compute(self) -> float:
@@ -94,10 +102,31 @@ def _centred(x: Tensor) -> Tensor:
     return torch.zeros_like(rest) if rest.norm() <= 1e-13 * x.norm() else rest
 
 
-def _pair(x: Tensor, y: Tensor, least: int) -> tuple[Tensor, Tensor]:
+class _Centred:
+    """The same for many rows, `BLOCK` at a time."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.rows = x.detach().flatten(1)
+        self.mean = torch.stack([part.double().sum(0) for part in self.rows.split(BLOCK)]).sum(0) / len(x)
+        size, rest = (sum(float(part.square().sum()) for part in parts) for parts in (self._plain(), self._less()))
+        self.constant = rest <= 1e-26 * size
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (part * 0 for part in self._plain()) if self.constant else self._less()
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def _plain(self) -> Iterator[Tensor]:
+        return (part.double() for part in self.rows.split(BLOCK))
+
+    def _less(self) -> Iterator[Tensor]:
+        return (part - self.mean for part in self._plain())
+
+
+def _check_rows(x: Tensor, y: Tensor, least: int) -> None:
     if len(x) != len(y) or len(x) < least:
         raise EngramError(f"CKA got {len(x)} and {len(y)} rows; it wants the same rows twice, at least {least}")
-    return _centred(x), _centred(y)
 
 
 def _inner(x: Tensor, y: Tensor) -> Tensor:
@@ -115,6 +144,25 @@ def _hsic(x: Tensor, y: Tensor, unbiased: bool) -> float:
     kx, ky = x.square().sum(1), y.square().sum(1)  # the diagonals, which HSIC1 leaves out
     rx, ry = x @ x.sum(0) - kx, y @ y.sum(0) - ky  # row sums without the diagonals
     total = inner - kx @ ky + rx.sum() * ry.sum() / ((n - 1) * (n - 2)) - 2 / (n - 2) * (rx @ ry)
+    return total.item() / (n * (n - 3))
+
+
+def _hsic_of_blocks(xs: _Centred, ys: _Centred, unbiased: bool) -> float:
+    """The same from sums over blocks: with k the squared norms and s the sum of the rows, the row sums without the
+    diagonals are x·s - k."""
+    product: Any = 0.0
+    sums: list[Any] = [0.0] * 7
+    for x, y in zip(xs, ys, strict=True):
+        kx, ky = x.square().sum(1), y.square().sum(1)
+        product = product + x.T @ y
+        found = kx @ ky, kx.sum(), ky.sum(), x.sum(0), y.sum(0), ky @ x, kx @ y
+        sums = [total + value for total, value in zip(sums, found, strict=True)]
+    n, inner = len(xs), product.square().sum()
+    if not unbiased:
+        return inner.item() / (n - 1) ** 2
+    both, kx, ky, sx, sy, kyx, kxy = sums
+    rows = sx @ product @ sy - sx @ kyx - sy @ kxy + both
+    total = inner - both + (sx @ sx - kx) * (sy @ sy - ky) / ((n - 1) * (n - 2)) - 2 / (n - 2) * rows
     return total.item() / (n * (n - 3))
 
 
