@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from scipy.stats import t
 
 from engram.core.finding import Finding, Verdict, figure
-from engram.core.verdict import judge
+from engram.core.verdict import beyond, judge, overall
 
 FIVE = (0.89, 0.90, 0.90, 0.90, 0.91)  # mean .90, standard deviation √.00005
 
@@ -112,3 +112,27 @@ def test_plain_data_and_back_gives_the_verdict_anew() -> None:
     plain["verdict"] = "pass"  # nobody can write one
     again = Finding.from_dict(plain)
     assert again == found and again.verdict == Verdict.FAIL
+
+
+def test_an_audit_passes_only_if_all_do_and_plain_figures_do_not_count() -> None:
+    passed, open_, plain = measured(0.9, 0.01), measured(0.9, 0.06), figure("seconds", 3.0, 1, "s")
+    assert overall([passed, passed, plain]) == Verdict.PASS
+    assert overall([passed, open_]) == overall([plain]) == overall([]) == Verdict.UNKNOWN
+
+
+def test_one_failure_among_many_findings_must_be_surer() -> None:
+    """Just outside the margin by itself it fails; among ten it may be chance. A clear failure stays one."""
+    slight, clear, passed = measured(0.805, 0.035), measured(0.5, 0.02), measured(0.9, 0.01)
+    assert slight.verdict == clear.verdict == Verdict.FAIL
+    p = beyond(judge(slight).comparison)
+    assert 0.01 < p < 0.05 and beyond(judge(clear).comparison) < 1e-6
+    assert overall([slight]) == overall([clear, *[passed] * 30]) == Verdict.FAIL
+    assert overall([slight, *[passed] * 9]) == Verdict.UNKNOWN
+
+
+@given(value=st.floats(0, 1), half=st.floats(1e-3, 0.3))
+@checked(max_examples=50, deadline=None)
+def test_the_p_value_and_the_verdict_agree(value: float, half: float) -> None:
+    finding = measured(value, half)
+    p = beyond(judge(finding).comparison)
+    assert 0 <= p <= 1 and (p < 0.05) == (finding.verdict == Verdict.FAIL)

@@ -10,7 +10,6 @@ from typing import Any
 
 from engram.core.desk import Desk, What
 from engram.core.environment import environment
-from engram.core.finding import Finding, Verdict
 from engram.core.forgetter import Forgetter
 from engram.core.needs import Need
 from engram.core.reading import rows_for
@@ -18,6 +17,7 @@ from engram.core.request import Classes
 from engram.core.settings import make
 from engram.core.stored import ACCOUNT, account_of, home_of, model_in, read_json
 from engram.core.verbs import examine
+from engram.core.verdict import overall
 from engram.data.table import Table
 from engram.engine.progress import Progress
 from engram.engine.run import Run
@@ -100,7 +100,7 @@ class Audit:
             "rows": {"forget": len(request.ids), "retain": _count(request.retain), "test": _count(test)},
             "oracles": len(self.oracles),
             "findings": [finding.as_dict() for finding in findings],
-            "verdict": verdict_of(findings),
+            "verdict": str(overall(findings)),
             "cost": asdict(run.cost),
             "environment": environment(self.device),
         }
@@ -117,14 +117,6 @@ def _forgetter(described: Mapping[str, Any] | None) -> Forgetter | None:
         return None
     made: Forgetter = make(dict(described))
     return made
-
-
-def verdict_of(findings: Sequence[Finding]) -> str:
-    """fail if any finding fails, pass if all that have a verdict pass, else unknown."""
-    verdicts = {finding.verdict for finding in findings} - {Verdict.NONE}
-    if Verdict.FAIL in verdicts:
-        return str(Verdict.FAIL)
-    return str(Verdict.PASS if verdicts == {Verdict.PASS} else Verdict.UNKNOWN)
 
 
 def predicate(model: str | Path, audit: str | Path | None) -> dict[str, Any]:

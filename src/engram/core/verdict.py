@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf
+
+from scipy.special import ndtr, ndtri
 
 from engram.core.finding import ORACLES_NEEDED, Finding, Verdict, finite
-from engram.stats.intervals import Comparison, equivalence
+from engram.stats.intervals import Comparison, equivalence, holm
 
 SENTENCES = {
     Verdict.PASS: "The same as retraining, within the margin: the interval of the difference lies inside it.",
@@ -46,6 +50,29 @@ def judge(finding: Finding) -> Judgement:
     if low > finding.margin or high < -finding.margin:
         return Judgement(Verdict.FAIL, found, SENTENCES[Verdict.FAIL])
     return Judgement(Verdict.UNKNOWN, found, f"{SENTENCES[Verdict.UNKNOWN]} {_would_decide(found, finding.n)}")
+
+
+def overall(findings: Sequence[Finding]) -> Verdict:
+    """The verdict of an audit. pass: all findings that have a verdict pass, which needs no correction. fail: some
+    finding fails, and still does when it is one of so many (Holm; all of them together are wrong once in 20 audits).
+    Else unknown.
+    """
+    judged = [judgement for judgement in map(judge, findings) if judgement.verdict != Verdict.NONE]
+    if any(holm([beyond(judgement.comparison) for judgement in judged])):
+        return Verdict.FAIL
+    passed = bool(judged) and all(judgement.verdict == Verdict.PASS for judgement in judged)
+    return Verdict.PASS if passed else Verdict.UNKNOWN
+
+
+def beyond(found: Comparison | None) -> float:
+    """The p-value of a difference that lies outside the margin: one less the level of the widest interval that would
+    still lie wholly outside, by the normal shape of the 95 % one; below 0.05 exactly where that one does. 1 for a
+    difference within the margin, or none."""
+    if found is None or not abs(found.difference) > found.margin:
+        return 1.0
+    half = found.difference - found.low if found.difference > 0 else found.high - found.difference
+    excess = (abs(found.difference) - found.margin) / half if half > 0 else inf
+    return float(2 * ndtr(-excess * ndtri(0.975)))
 
 
 def _would_decide(found: Comparison, n: int) -> str:

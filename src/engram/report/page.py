@@ -25,8 +25,10 @@ REPORT, COMPARISON = "report.html", "comparison.html"
 Record = Mapping[str, Any]
 OVERALL = {
     "pass": "Every finding that could be decided is the same as in the retrained models, within its margin.",
-    "fail": "At least one finding differs from the retrained models by more than its margin.",
-    "unknown": "Nothing failed, and not everything could be decided: the findings say what would be needed.",
+    "fail": "At least one finding differs from the retrained models by more than its margin, also when it is counted "
+    "as one of so many (Holm's correction).",
+    "unknown": "Not everything could be decided: the findings say what would be needed. One that fails by itself, if "
+    "there is one, may be chance among so many.",
 }
 
 
