@@ -119,7 +119,7 @@ def _forget(given: argparse.Namespace, rest: list[str]) -> None:
     if given.held_out is not None and not given.force:
         desk.is_known(given.held_out)
     if not (given.quiet or given.json):
-        print("\n".join(choice.lines()), flush=True)
+        print("\n".join([*choice.lines(), *(f"note: {remark}" for remark in desk.request.remarks())]), flush=True)
     done = desk.forget(
         choice, given.out, resume=given.resume, ledger=opened(given), reason=given.reason, progress=progress_of(given)
     )
@@ -162,6 +162,8 @@ def _audit(given: argparse.Namespace, rest: list[str]) -> int:
     if given.json:
         print(json.dumps(found, indent=1))
     else:
+        for remark in found["remarks"]:
+            print(f"note: {remark}")
         print(_findings(found) + f"\nverdict: {found['verdict']}\nreport: {Path(given.out) / REPORT}")
     return EXITS[found["verdict"]]
 

@@ -86,3 +86,13 @@ def test_concepts_are_at_hand_with_their_anchor() -> None:
 def test_a_need_that_does_not_exist(table: Table) -> None:
     with pytest.raises(ValueError, match="recipee"):
         Request.of_records(table, ("a",), recipee=1)
+
+
+def test_what_is_odd_about_a_request_is_said(table: Table) -> None:
+    assert Request.of_records(table, ("a", "c")).remarks() == Request.of_classes(table, (1,)).remarks() == []
+    (whole,) = Request.of_records(table, ("c", "d")).remarks()
+    assert whole.startswith("the records are all that there are of 1:") and "--classes" in whole
+    (lonely,) = Request.of_classes(table, (0, 2)).remarks()
+    assert "all rows that stay are of one class (1)" in lonely
+    assert Request.of_records(table, tuple("abcdef")).remarks() == []
+    assert Request(Records(("x",))).remarks() == []

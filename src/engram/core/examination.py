@@ -91,6 +91,7 @@ class Audit:
         found = {
             "format": FORMAT,
             "request": {**self.what.words(), "records": len(request.ids)},
+            "remarks": request.remarks(),
             "method": account.get("method"),
             "exact": account.get("exact", False),
             "weights_hold_it": isinstance(after, Wrapper) and not after.erases_weights,

@@ -89,6 +89,24 @@ class Request:
                 found.add(Need.ANCHOR)
         return frozenset(found)
 
+    def remarks(self) -> list[str]:
+        """What is odd about the request, a sentence each: records that are whole classes, one class that is left."""
+        forget, retain = self.forget, self.retain
+        if forget is None or retain is None or not forget.target == retain.target == Target.CLASSES:
+            return []
+        found = []
+        whole = [c for c in forget.classes if c not in retain.classes]
+        if isinstance(self.what, Records) and whole and len(retain):
+            named = ", ".join(str(forget.names.get(c, c)) for c in whole)
+            found.append(
+                f"the records are all that there are of {named}: this is a request for whole classes, which retrained "
+                "models cannot tell at all; name them with --classes if that is meant"
+            )
+        if len(retain.classes) == 1 and len(forget.classes) > 1:
+            only = retain.classes[0]
+            found.append(f"all rows that stay are of one class ({retain.names.get(only, only)}), so little can be kept")
+        return found
+
     def but(self, **changes: Any) -> Request:
         """A copy with other parts."""
         return replace(self, **changes)
