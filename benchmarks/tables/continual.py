@@ -18,6 +18,7 @@ STREAMS = {  # title: (files, classes of the first task, of each further one)
     "CIFAR-100, (10, 10, 10)": ("cifar100", 10, 10),
     "CLINC150, (15, 15, 10)": ("clinc150", 15, 15),
 }
+OWN = {"keep.TAME": {"window": 10, "pruning_buffer": 500}}  # a task has some dozens of batches here
 MEASURES = {
     "incremental accuracy": "incremental",
     "final accuracy": "final",
@@ -43,9 +44,12 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=15.0)
     parser.add_argument("--buffer", type=int, default=500)
     parser.add_argument("--learners", nargs="+", default=[])
+    parser.add_argument("--streams", nargs="+", type=int, help="do these now, by number, and write no page")
     given = parser.parse_args()
     parts = [INTRO.format(epochs=given.epochs, trials=given.trials, budget=given.budget)]
-    for title, (name, base, increment) in STREAMS.items():
+    for number, (title, (name, base, increment)) in enumerate(STREAMS.items()):
+        if given.streams and number not in given.streams:
+            continue
         plan = Comparison(
             str(given.data / f"{name}-train.parquet"),
             str(given.data / f"{name}-test.parquet"),
@@ -58,13 +62,15 @@ def main() -> None:
                 "buffer": given.buffer,
                 "classes_total": 150,
             },
+            own=OWN,
             trials=given.trials,
             budget=given.budget,
         )
         out = given.cache / "continual" / f"{name}-{base}-{increment}"
         parts.append(f"## {title}\n\n{table(summarise(Contest(plan, out, Terminal()).execute()))}")
         print(title, "done", flush=True)
-        write(Path(given.out), page("Learners side by side", "\n\n".join(parts), said()))
+        if not given.streams:
+            write(Path(given.out), page("Learners side by side", "\n\n".join(parts), said()))
 
 
 def table(summary: Mapping[str, Any]) -> str:

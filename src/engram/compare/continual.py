@@ -55,8 +55,9 @@ MEASURES = (
 @dataclass(frozen=True)
 class Comparison:
     """`data`: a source; `test`: another, else a share of it. `base`, `increment`: classes of the first task, and of
-    each further one; the remainder comes last. `common`: settings that every learner takes which has them (network,
-    epochs …). `budget`: seconds for the trials of a learner, and `trials` their number."""
+    each further one; the remainder comes last. `common`: settings that every learner takes which has them
+    (network, epochs …); `own`: those of one learner, by its name. `budget`: seconds for the trials of a learner,
+    and `trials` their number."""
 
     data: str = "sklearn:digits"
     test: str | None = None
@@ -65,6 +66,7 @@ class Comparison:
     increment: int = 2
     learners: tuple[str, ...] = ()
     common: Mapping[str, Any] | None = None
+    own: Mapping[str, Mapping[str, Any]] | None = None
     seeds: tuple[int, ...] = (1993, 1994, 1995)
     trials: int = 3
     budget: float = 60.0
@@ -99,7 +101,9 @@ class Cell:
 
 
 class Contest(Work):
-    """A comparison of learners in a directory; it can be interrupted and goes on."""
+    """A comparison of learners in a directory; it can be interrupted and goes on, with more learners too."""
+
+    free = (*Work.free, "learners")
 
     def __init__(self, plan: Comparison, out: str | Path, progress: Progress | None = None) -> None:
         super().__init__(plan, out, progress)
@@ -148,7 +152,8 @@ class Contest(Work):
         stages = self.stream(cell.seed)
         start = time.process_time()
         try:
-            learner = configured(cell.learner, self.plan.common or {}, setting)
+            own = {"name": cell.learner, **(self.plan.own or {}).get(cell.learner, {})}
+            learner = configured(own, self.plan.common or {}, setting)
             course = follow(learner, stages, Run(seed=derive(cell.learner, cell.seed)))
         except (EngramError, RuntimeError, ValueError, ArithmeticError) as error:
             return {**row, "error": f"{type(error).__name__}: {error}".splitlines()[0], **dict.fromkeys(MEASURES)}
@@ -230,9 +235,9 @@ def trials(name: str) -> list[dict[str, Any]]:
     return [{}, *({"lr": factor} for factor in FACTORS[1:])] if has_rate else [{}]
 
 
-def configured(name: str, common: Mapping[str, Any], setting: Mapping[str, Any]) -> Learner:
-    """A learner with the common settings that it knows; "lr" is a factor of its learning rate."""
-    learner: Learner = make(_with_common(name, common))
+def configured(spec: Any, common: Mapping[str, Any], setting: Mapping[str, Any]) -> Learner:
+    """A learner by name or config with the common settings that it knows; "lr" is a factor of its learning rate."""
+    learner: Learner = make(_with_common(spec, common))
     if "lr" not in setting:
         return learner
     given = {field.name: getattr(learner, field.name) for field in fields(learner) if field.init}
@@ -240,13 +245,13 @@ def configured(name: str, common: Mapping[str, Any], setting: Mapping[str, Any])
 
 
 def _with_common(spec: Any, common: Mapping[str, Any]) -> dict[str, Any]:
-    """A learner's config with the common settings that it knows; so is that of its host, if it has one."""
+    """A learner's config with the common settings that it knows and does not say itself; so with its host's."""
     given = {"name": spec} if isinstance(spec, str) else dict(spec)
     plain = make(given)
     known = {field.name for field in fields(plain)}
     shared = {key: value for key, value in common.items() if key in known}
     host = {"host": _with_common(plain.host, common)} if "host" in known else {}
-    return {**given, **shared, **host}
+    return {**shared, **given, **host}
 
 
 def summarise(rows: Sequence[Row]) -> dict[str, Any]:
