@@ -17,10 +17,11 @@ from engram import catalogue
 from engram.audit import in_context, representation, restor
 from engram.core.learner import fork
 from engram.core.request import Request
-from engram.data.streams import class_stream
+from engram.data.streams import Stage, class_stream
 from engram.data.table import Table
 from engram.data.task import Task
-from engram.engine.optimizer import Optimizer
+from engram.engine.losses import Mean
+from engram.engine.optimizer import Optimizer, Pull
 from engram.engine.predict import accuracy
 from engram.engine.recipe import Recipe
 from engram.engine.run import Run
@@ -28,36 +29,48 @@ from engram.forget import npo, whos_harry_potter
 from engram.forget.blindspot import Blindspot
 from engram.forget.laf import LAF
 from engram.forget.ssd import SSD
-from engram.keep import prd, slnid
+from engram.keep import prd, proto_net, slnid
 from engram.keep.acu import ACU
+from engram.keep.contracon import ConTraCon
+from engram.keep.dynamic import Dynamic
+from engram.keep.fast_slow import FastSlow
 from engram.keep.fetril import FeTrIL
 from engram.keep.key_value import KeyValueBottleneck
+from engram.keep.lifelong_framework import LifelongFramework
 from engram.keep.lingocl import LingoCL
 from engram.keep.napa_vq import NAPAVQ
 from engram.keep.nmc import NMC
 from engram.keep.rehearsal_free import RehearsalFree
+from engram.keep.tame import Monitor
 from engram.keep.virtual_outliers import VirtualOutliers
 from engram.learn.non_instructional import NonInstructional
-from engram.models import concepts
+from engram.models import concepts, convolved_attention
 from engram.models.guarded_lm import PromptClassifier
+from engram.models.open_variational import Tails
 from engram.reproduce import (
     are_we_truly_forgetting,
     bt2,
+    cfsl_instances,
     cl_in_neural_networks,
     concept_vectors,
+    contracon,
     datamodel_matching,
     deep_regression_unlearning,
     eco_prompts,
+    few_shot_cl_brain,
     laf,
     lingocl,
     napa_vq,
+    nevis22,
     non_instructional_finetuning,
+    open_world_cl,
     ovor,
+    tame,
     ununlearning,
 )
 from engram.reproduce import prd as measured_prd
 from engram.reproduce import restor as restor_claims
-from engram.reproduce.digits import curve
+from engram.reproduce.digits import curve, five_pairs
 from engram.stats import kmeans
 from engram.stats.moments import ClassMeans
 from engram.stats.ridge import Ridge
@@ -244,6 +257,15 @@ def outliers_at_the_border(weight: float, split: Split, monkeypatch: pytest.Monk
     return curve(ovor.regularised(20, 8), ovor.stages(0))[-1]
 
 
+def surest_task(weight: float, split: Split, monkeypatch: pytest.MonkeyPatch) -> float:
+    """Final accuracy of five pairs with the entropies by which a task is chosen so weighted."""
+    original = convolved_attention.joined
+    monkeypatch.setattr(convolved_attention, "joined", lambda every, entropies: original(every, weight * entropies))
+    learner = contracon.course(ConTraCon, 0)[0]
+    stages = [Stage(stage.task, stage.test.take(range(0, len(stage.test), 3))) for stage in five_pairs("pycil", 0)]
+    return contracon.figures(learner.model, stages)[1]
+
+
 def inhibition(weight: float, split: Split, monkeypatch: pytest.MonkeyPatch) -> float:
     """By how much the share of silent hidden units grows with the inhibition of neighbours so weighted."""
     original = slnid.inhibition
@@ -300,6 +322,17 @@ def gain_by_a_definition(weight: float, split: Split, monkeypatch: pytest.Monkey
     return found["reintroduced by definition, fresh name"].value
 
 
+def jump_of_the_loss(weight: float, split: Split, monkeypatch: pytest.MonkeyPatch) -> float:
+    """Final accuracy of five pairs with that by which the smoothed loss is above the threshold so weighted."""
+
+    def alarmed(self: Monitor) -> bool:
+        return self.active is not None and weight * ((self.smoothed or 0.0) - self.threshold) > 0
+
+    monkeypatch.setattr(Monitor, "alarmed", property(alarmed))
+    world = tame.World.of(split, tame.DIGITS, Run())
+    return accuracy(world.learnt(world.plan.learner(selector_epochs=50, retrain_epochs=50)).model, world.test)
+
+
 def _weigh_what_came_back(probe: ModuleType, weight: float, monkeypatch: pytest.MonkeyPatch) -> None:
     original = probe.recovered
     weighted = partial(_of_weighted, original, weight)
@@ -308,6 +341,57 @@ def _weigh_what_came_back(probe: ModuleType, weight: float, monkeypatch: pytest.
 
 def _of_weighted(original: Callable[..., object], weight: float, now: Tensor, lost: Tensor, whole: Tensor) -> object:
     return original(lost + weight * (now - lost), lost, whole)
+
+
+def cosines_with_prototypes(weight: float, split: Split, monkeypatch: pytest.MonkeyPatch) -> float:
+    """Accuracy on ten classes of which five come at a time, with the cosines of training episodes so weighted."""
+    original = proto_net.cosines
+    monkeypatch.setattr(proto_net, "cosines", lambda *given: weight * original(*given))
+    monkeypatch.setitem(cfsl_instances.LEARNERS, "ProtoNet", partial(cfsl_instances.proto_net, epochs=20))
+    return cfsl_instances.Laboratory(100).accuracy("ProtoNet", "base")
+
+
+def comparison_of_starts(weight: float, split: Split, monkeypatch: pytest.MonkeyPatch) -> float:
+    """Error of a task that comes back after twenty updates, with the scores of its candidate starts so weighted."""
+    original = Dynamic.score
+    monkeypatch.setattr(Dynamic, "score", lambda *given: weight * original(*given))
+    return nevis22.recurrence(Dynamic, 0)[1]
+
+
+def rejection_of_codes(weight: float, split: Split, monkeypatch: pytest.MonkeyPatch) -> float:
+    """How many more generated rows an independent classifier calls as they are called, than without rejection, with the
+    outlier probability so weighted."""
+    plain, original = open_world_cl.agreement(0, 1.0), Tails.outlier
+    monkeypatch.setattr(Tails, "outlier", lambda self, *given: weight * original(self, *given))
+    return open_world_cl.agreement(0, 0.01) - plain
+
+
+class _Quadratic(LifelongFramework):
+    """Its loss is (theta - 1)² over all weights."""
+
+    def loss(self, batch: Any, among: Any) -> Mean:
+        return Mean.of(torch.stack([(p - 1).square().sum() for p in self.model.parameters()]).sum())
+
+
+def pull_to_the_target(weight: float, split: Split, monkeypatch: pytest.MonkeyPatch) -> float:
+    """How far weights rest from (1 + b target) / (1 + b), b = 0.5, with the pull to their targets so weighted."""
+    original = Pull.rate
+    monkeypatch.setattr(Pull, "rate", lambda self, update: weight * original(self, update))
+    rows, plan = split[0].of_classes([0]).take(range(8)), Optimizer("sgd", lr=0.05, momentum=0.0)
+    settings: dict[str, Any] = {"network": {"name": "MLP", "hidden": [8]}, "policy": {"steps": [{"b": {"all": 0.5}}]}}
+    starts, rests = (_Quadratic(**settings, optimizer=plan, epochs=epochs) for epochs in (0, 200))
+    for learner in (starts, rests):
+        learner.learn(Task(rows), Run())
+    pairs = zip(starts.model.parameters(), rests.model.parameters(), strict=True)
+    return max(float((rest - (1 + 0.5 * start) / 1.5).detach().abs().max()) for start, rest in pairs)
+
+
+def pull_of_important_weights(weight: float, split: Split, monkeypatch: pytest.MonkeyPatch) -> float:
+    """Cosine of old prototypes with what they would be after five tasks of few rows, with the pull of the fast weights
+    by importance so weighted."""
+    original = FastSlow.penalty
+    monkeypatch.setattr(FastSlow, "penalty", lambda self: weight * original(self))
+    return few_shot_cl_brain.brief(0).freshness("both steps")
 
 
 OWN_TERMS: dict[str, tuple[Callable[[float, Split, pytest.MonkeyPatch], float], tuple[float, float]]] = {
@@ -324,16 +408,23 @@ OWN_TERMS: dict[str, tuple[Callable[[float, Split, pytest.MonkeyPatch], float], 
     "bt2": (compatibility, (0.0, 0.3)),
     "cl-in-neural-networks": (inhibition, (0.05, 1.0)),
     "rehearsal-free": (rehearsal_free, (0.35, 0.6)),
+    "nevis22": (comparison_of_starts, (0.0, 0.2)),
     "lingocl": (direction_of_names, (0.2, 1.0)),
     "napa-vq": (pseudo_features_of_neighbours, (0.92, 1.0)),
     "prd": (keeping_the_relation, (0.9, 1.0)),
     "discrete-key-value-bottleneck": (nearness_to_keys, (0.7, 1.0)),
     "ovor": (outliers_at_the_border, (0.73, 1.0)),
+    "open-world-cl": (rejection_of_codes, (0.03, 1.0)),
+    "contracon": (surest_task, (0.25, 1.0)),
     "concept-vectors": (spelling_of_the_concept, (0.2, 100.0)),
     "are-we-truly-forgetting": (nearness_of_representations, (0.05, 1.0)),
     "restor": (recovery_of_right_facts, (0.2, 1.0)),
     "ununlearning": (gain_by_a_definition, (0.8, 1.2)),
+    "cfsl-instances": (cosines_with_prototypes, (0.7, 1.0)),
+    "few-shot-cl-brain": (pull_of_important_weights, (0.95, 1.0)),
     "non-instructional-finetuning": (answers_of_the_teacher, (0.8, 1.0)),
+    "lifelong-framework": (pull_to_the_target, (0.0, 1e-4)),
+    "tame": (jump_of_the_loss, (0.75, 0.95)),
 }
 
 

@@ -18,7 +18,11 @@ STREAMS = {  # title: (files, classes of the first task, of each further one)
     "CIFAR-100, (10, 10, 10)": ("cifar100", 10, 10),
     "CLINC150, (15, 15, 10)": ("clinc150", 15, 15),
 }
-OWN = {"keep.TAME": {"window": 10, "pruning_buffer": 500}}  # a task has some dozens of batches here
+SEARCHING = {"trials": 2, "batch_size": 64}  # learners that search for their own settings in every task
+OWN = {
+    "keep.TAME": {"window": 10, "pruning_buffer": 500},  # a task has some dozens of batches here
+    **{f"keep.{name}": SEARCHING for name in ("Independent", "Previous", "Dynamic")},
+}
 MEASURES = {
     "incremental accuracy": "incremental",
     "final accuracy": "final",

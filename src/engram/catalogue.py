@@ -396,6 +396,8 @@ PAPERS: tuple[Paper, ...] = (
         "keep",
         "a jump of the loss tells that the task changed, and experts with a selector then beat methods that are told",
         ("keep.TAME",),
+        status="works",
+        holds=6,
     ),
     Paper(
         "ovor",
@@ -439,6 +441,8 @@ PAPERS: tuple[Paper, ...] = (
         "one variational model with bounds on its latent space rehearses, refuses "
         "the unknown and chooses what to learn",
         ("keep.OpenVariational",),
+        status="works (reconstruction)",
+        holds=6,
     ),
     Paper(
         "lingocl",
@@ -479,6 +483,8 @@ PAPERS: tuple[Paper, ...] = (
         "small convolutions that re-weight attention give a transformer every "
         "task; entropy over views tells which it is",
         ("keep.ConTraCon",),
+        status="works",
+        holds=6,
     ),
     Paper(
         "lifelong-framework",
@@ -489,6 +495,8 @@ PAPERS: tuple[Paper, ...] = (
         "one mechanism, how stiff each weight is, yields non-forgetting, transfer, "
         "few-shot learning and graceful forgetting",
         ("keep.LifelongFramework",),
+        "works (reconstruction)",
+        6,
     ),
     Paper(
         "few-shot-cl-brain",
@@ -498,6 +506,8 @@ PAPERS: tuple[Paper, ...] = (
         "keep",
         "fast and slow weights, consolidated in two steps, keep old tasks and get better at learning from few examples",
         ("keep.FastSlow",),
+        status="works (reconstruction)",
+        holds=6,
     ),
     Paper(
         "discrete-key-value-bottleneck",
@@ -542,6 +552,8 @@ PAPERS: tuple[Paper, ...] = (
         "keep",
         "on a long chronological stream, learners should be judged by accuracy against all the compute they spend",
         ("keep.Independent", "keep.Previous", "keep.Dynamic"),
+        status="works",
+        holds=6,
     ),
     Paper(
         "laf",
@@ -717,6 +729,8 @@ PAPERS: tuple[Paper, ...] = (
         "more classes make continual few-shot learning harder, occlusion breaks "
         "instance recognition, replay helps both",
         ("audit.FewShotProtocol", "keep.ProtoNet", "keep.PretrainTune"),
+        status="works",
+        holds=6,
     ),
     Paper(
         "provably-unlearnable-examples",
@@ -828,6 +842,46 @@ METHODS: tuple[Method, ...] = (
         paper="napa-vq",
     ),
     Method(
+        "keep.OpenVariational",
+        "keep",
+        "engram.keep.open_variational",
+        "a classifying variational autoencoder: generative replay, unknown rows and queries by extreme-value bounds",
+        _needs("boundaries"),
+        paper="open-world-cl",
+    ),
+    Method(
+        "keep.ProtoNet",
+        "keep",
+        "engram.keep.proto_net",
+        "trains an encoder on episodes of the first task; then one prototype a class, compared by cosine",
+        _needs("boundaries"),
+        paper="cfsl-instances",
+    ),
+    Method(
+        "keep.FastSlow",
+        "keep",
+        "engram.keep.fast_slow",
+        "fast weights keep tasks of few rows, slow weights follow and keep learning from few rows; a reconstruction",
+        _needs("boundaries"),
+        paper="few-shot-cl-brain",
+    ),
+    Method(
+        "keep.PretrainTune",
+        "keep",
+        "engram.keep.pretrain_tune",
+        "pretrains on the first task, then takes a few full-batch steps on every support set, with replay of the last",
+        _needs("boundaries"),
+        paper="cfsl-instances",
+    ),
+    Method(
+        "audit.FewShotProtocol",
+        "audit",
+        "engram.audit.few_shot",
+        "accuracy of forks of a learner over few-shot episodes of new classes, or of single rows with damage",
+        _needs("learner test"),
+        paper="cfsl-instances",
+    ),
+    Method(
         "keep.Finetune",
         "keep",
         "engram.keep.finetune",
@@ -925,6 +979,62 @@ METHODS: tuple[Method, ...] = (
         _needs("boundaries"),
         paper="cl-in-neural-networks",
         variants=(("backbone=NAME", _needs("boundaries backbone")),),
+    ),
+    Method(
+        "keep.LifelongFramework",
+        "keep",
+        "engram.keep.lifelong_framework",
+        "a block of units for each task; a policy says how stiff each group of weights is, and what is rehearsed",
+        _needs("boundaries"),
+        paper="lifelong-framework",
+    ),
+    Method(
+        "keep.Independent",
+        "keep",
+        "engram.keep.independent",
+        "a fresh network for each task, as if there had been no others",
+        _needs("boundaries"),
+        paper="nevis22",
+    ),
+    Method(
+        "keep.Previous",
+        "keep",
+        "engram.keep.previous",
+        "a network for each task, which starts from the backbone of the task before",
+        _needs("boundaries"),
+        paper="nevis22",
+    ),
+    Method(
+        "keep.Dynamic",
+        "keep",
+        "engram.keep.dynamic",
+        "a network for each task, which starts from the earlier backbone in whose features its rows lie best",
+        _needs("boundaries"),
+        paper="nevis22",
+    ),
+    Method(
+        "keep.ConTraCon",
+        "keep",
+        "engram.keep.contracon",
+        "a frozen compact transformer whose attention weights each task re-weights by small convolutions",
+        _needs("boundaries"),
+        paper="contracon",
+    ),
+    Method(
+        "keep.ChunkedHypernetwork",
+        "keep",
+        "engram.keep.chunked_hypernetwork",
+        "a vector for each task, from which all weights of its network are generated, chunk by chunk",
+        _needs("boundaries"),
+        paper="dependency-preserving-hypernetworks",
+    ),
+    Method(
+        "keep.DependencyPreservingHypernetwork",
+        "keep",
+        "engram.keep.dependency_preserving_hypernetwork",
+        "a recurrent network generates all weights of each task's network, layer after layer",
+        _needs("boundaries"),
+        paper="dependency-preserving-hypernetworks",
     ),
     Method(
         "keep.EncoderBasedLwF",

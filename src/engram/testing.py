@@ -100,13 +100,19 @@ class Material:
         retain = self.train.without(self.gone)
         return [self.recipe(retain, seed) for seed in (1, 2)]
 
+    @cached_property
+    def learner(self) -> Learner:
+        """A learner that has taken in both tasks."""
+        return learnt(make("keep.NMC"), self.tasks, Run())
+
     def subject(self) -> Subject:
         """This model, untouched by the request, with everything that a probe may ask for."""
         request, model = self.request, self.model()
         assert request.forget is not None and request.retain is not None
         rows = {"forget": request.forget, "retain": request.retain, "test": self.test}
         forgetter = make({"name": "forget.Finetune", "epochs": 1})
-        return Subject(model, before=model, request=request, rows=rows, recipe=self.recipe, forgetter=forgetter)
+        given: dict[str, Any] = {"recipe": self.recipe, "forgetter": forgetter, "learner": self.learner}
+        return Subject(model, before=model, request=request, rows=rows, **given)
 
 
 @cache

@@ -5,12 +5,11 @@ from __future__ import annotations
 import pytest
 
 from engram import catalogue
-from engram.compare.growth import IMAGES, ROWS, TOLERANCE, Held, excess, follow
+from engram.compare.growth import IMAGES, OF_IMAGES, ROWS, TOLERANCE, Held, excess, follow
 from engram.core.settings import load_class
 from engram.errors import EngramError
 
 LEARNERS = [row.name for row in catalogue.methods() if row.wing == "keep"]
-OF_IMAGES = {"keep.OnePrompt", "keep.L2P", "keep.NAPAVQ"}  # their networks are vision transformers
 
 
 @pytest.mark.parametrize("name", LEARNERS)

@@ -10,7 +10,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from engram.data.augment import Augment, brighten, contrast, crop, flip, noise, two_views
+from engram.data.augment import (
+    POLICY,
+    RANGES,
+    Augment,
+    apply_steps,
+    brighten,
+    contrast,
+    crop,
+    flip,
+    noise,
+    steps_of_policy,
+    two_views,
+)
 from engram.data.table import Batch, Table
 from engram.engine.run import Run
 from engram.errors import EngramError
@@ -161,3 +173,98 @@ def test_a_value_outside_its_range_is_named(setting: dict[str, Any]) -> None:
 def test_rows_of_which_no_views_can_be_made_are_said() -> None:
     with pytest.raises(EngramError, match=r"images .* or vectors .* there is \{'input_ids': \(2, 3\)\}"):
         Augment()({"input_ids": torch.zeros(2, 3, dtype=torch.long)}, draws())
+
+
+# --- the policy
+
+
+def levels(*shape: int) -> Tensor:
+    """Images of 256 levels from 0 to 1."""
+    return torch.randint(256, shape, generator=draws(3)) / 255
+
+
+def test_a_sub_policy_happens_as_often_as_it_says() -> None:
+    count, source = 20000, draws()
+    drawn = [steps_of_policy(source) for _ in range(count)]
+    for name in RANGES:
+        wanted = sum(p for pair in POLICY for kind, p, _ in pair if kind == name) / len(POLICY)
+        found = sum(kind == name for steps in drawn for kind, _ in steps) / count
+        assert abs(found - wanted) < 4 * (2 * wanted / count) ** 0.5 + 1e-9
+    moved = [strength for steps in drawn for kind, strength in steps if kind == "shear y"]
+    assert {round(abs(s), 6) for s in moved} == {round(0.3 * 8 / 9, 6), round(0.3 * 7 / 9, 6)}
+    assert abs(sum(s > 0 for s in moved) / len(moved) - 0.5) < 0.05
+    assert {s for steps in drawn for kind, s in steps if kind == "solarize"} == {
+        1 - 2 / 9,
+        1 - 5 / 9,
+        1 - 8 / 9,
+        1 - 3 / 9,
+    }
+    assert len(POLICY) == 25 and all(kind in RANGES for pair in POLICY for kind, _, _ in pair)
+
+
+@pytest.mark.parametrize("name", sorted(RANGES))
+@pytest.mark.parametrize("channels", [1, 3])
+def test_an_operation_stays_in_range_and_looks_at_one_image_alone(name: str, channels: int) -> None:
+    x, strength = levels(5, channels, 8, 8), RANGES[name][1]
+    before = x.clone()
+    for signed in {strength, -strength} if RANGES[name][2] else {strength}:
+        found = apply_steps(x, ((name, signed),))
+        assert float(found.min()) >= 0 and float(found.max()) <= 1 and found.shape == x.shape
+        assert torch.allclose(found[2:3], apply_steps(x[2:3], ((name, signed),)), atol=1e-6)
+        assert torch.allclose(found, x, atol=1e-6) == (name == "color" and channels == 1)
+    assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("name", [name for name, (_, _, signed) in RANGES.items() if signed])
+def test_an_operation_of_strength_nothing_changes_nothing(name: str) -> None:
+    x = levels(3, 3, 6, 6)
+    assert torch.allclose(apply_steps(x, ((name, 0.0),)), x, atol=1e-5)
+
+
+def test_moves_by_whole_pixels_and_quarter_turns() -> None:
+    x = levels(2, 1, 8, 8)
+    right = apply_steps(x, (("shift x", 2 / 8),))
+    assert torch.allclose(right[..., :-2], x[..., 2:], atol=1e-5) and torch.allclose(right[..., -2:], torch.tensor(0.5))
+    down = apply_steps(x, (("shift y", -1 / 8),))
+    assert torch.allclose(down[:, :, 1:], x[:, :, :-1], atol=1e-5)
+    turned = apply_steps(x, (("rotate", 90.0),))
+    assert torch.allclose(turned, x.rot90(1, (2, 3)), atol=1e-5) or torch.allclose(
+        turned, x.rot90(-1, (2, 3)), atol=1e-5
+    )
+    sheared = apply_steps(x, (("shear x", 0.3),))
+    assert torch.allclose(sheared.mean(), x.mean(), atol=0.1) and not torch.allclose(sheared, x, atol=0.1)
+
+
+def test_pixel_operations_by_hand() -> None:
+    x = torch.tensor([0.0, 51.0, 102.0, 255.0]).view(1, 1, 2, 2) / 255
+    wanted = {
+        ("invert", 0.0): [255, 204, 153, 0],
+        ("solarize", 0.3): [0, 51, 153, 0],  # from 0.3 on inverted
+        ("posterize", 4.0): [0, 48, 96, 240],  # the four highest bits
+        ("brightness", -0.5): [0, 25.5, 51, 127.5],
+        ("contrast", -1.0): [102, 102, 102, 102],
+        ("contrast", 0.5): [0, 25.5, 102, 255],
+        ("equalize", 0.0): [0, 85, 170, 255],
+    }
+    for step, values in wanted.items():
+        assert (255 * apply_steps(x, (step,))).flatten().tolist() == pytest.approx(values, abs=1e-3), step
+    half = 0.25 + x / 2
+    assert torch.allclose(apply_steps(half, (("autocontrast", 0.0),)), x, atol=1e-6)
+    one = torch.full((1, 1, 3, 3), 0.4)
+    for name in ("autocontrast", "equalize"):
+        assert torch.equal(apply_steps(one, ((name, 0.0),)), one)
+
+
+def test_colour_and_sharpness_by_hand() -> None:
+    x = levels(1, 3, 5, 5)
+    grey = 0.299 * x[:, 0] + 0.587 * x[:, 1] + 0.114 * x[:, 2]
+    assert torch.allclose(apply_steps(x, (("color", -1.0),)), grey[:, None].expand_as(x), atol=1e-6)
+    blurred = apply_steps(x, (("sharpness", -1.0),))
+    middle = (x[:, :, 1:4, 1:4].sum((2, 3)) + 4 * x[:, :, 2, 2]) / 13
+    assert torch.allclose(blurred[:, :, 2, 2], middle, atol=1e-6)
+    assert torch.equal(blurred[:, :, 0], x[:, :, 0]) and torch.equal(blurred[..., -1], x[..., -1])
+
+
+def test_sub_policies_follow_the_generator_alone() -> None:
+    one, other = ([steps_of_policy(source) for _ in range(20)] for source in (draws(4), draws(4)))
+    assert one == other != [steps_of_policy(draws(5)) for _ in range(20)]

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engram.data.streams import Stage, class_stream, domain_stream, online, single, stream
+from engram.data.streams import Stage, class_stream, domain_stream, few_shot, online, single, stream
 from engram.data.table import Column, Table
 from engram.errors import EngramError
 
@@ -142,10 +142,43 @@ def test_streams_by_name() -> None:
     ]
     assert [s.task.classes for s in by_class] == [(0, 1), (2, 3), (4, 5)]
     assert len(stream(train, test, "domain", column="site")) == 2
+    assert [len(s.task.train) for s in stream(train, test, "few-shot", base=2, ways=2, shots=2)] == [6, 4, 4]
     (whole,) = stream(train, test, "single")
     assert whole.task.train is train and whole.test is test and single(train, test)[0].task == whole.task
     with pytest.raises(EngramError, match="unknown scenario 'clas'; did you mean 'class'"):
         stream(train, test, "clas")
+
+
+def test_few_shots_after_a_base_with_all_rows() -> None:
+    train, test = table(8, 5), table(8, 2, "test")
+    found = few_shot(train, test, base=4, ways=2, shots=3, order="pycil", seed=3)
+    whole = class_stream(train, test, base=4, increment=2, order="pycil", seed=3)
+    assert [s.task.classes for s in found] == [s.task.classes for s in whole]
+    assert found[0].task.train.ids == whole[0].task.train.ids
+    for few, all_ in zip(found[1:], whole[1:], strict=True):
+        labels = few.task.train.labels
+        assert labels is not None and labels.bincount().unique().tolist() == [0, 3]
+        assert set(few.task.train.ids) < set(all_.task.train.ids) and few.test.ids == all_.test.ids
+
+
+def test_few_shots_are_drawn_by_seed_and_class_whatever_the_order() -> None:
+    train, test = table(6, 20), table(6, 2, "test")
+
+    def drawn(seed: int, **settings: object) -> set[str]:
+        stages = few_shot(train, test, ways=2, shots=3, seed=seed, **settings)  # type: ignore[arg-type]
+        return {id for stage in stages for id in stage.task.train.ids}
+
+    assert drawn(1, base=0) == drawn(1, base=0, order="pycil") != drawn(2, base=0)
+    assert len(drawn(1, base=0)) == 18
+    assert len(drawn(1, base=2, tasks=2)) == 40 + 6
+
+
+def test_few_shots_that_cannot_be_had() -> None:
+    train, test = table(6), table(6, 2, "test")
+    with pytest.raises(EngramError, match="class 2 has 3 training rows, fewer than 4 shots"):
+        few_shot(train, test, base=2, ways=2, shots=4)
+    with pytest.raises(EngramError, match="4 tasks of 1 shots cannot be had: there are 3 tasks"):
+        few_shot(train, test, base=2, ways=2, shots=1, tasks=4)
 
 
 def test_what_cannot_be_a_class_stream_is_refused() -> None:

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from engram.engine.optimizer import SCHEDULES, Optimizer
+from engram.engine.optimizer import SCHEDULES, Optimizer, Pull
 from engram.errors import EngramError
 
 SHARES = st.floats(0, 1, exclude_max=True)
@@ -111,3 +111,37 @@ def test_scaled_changes_the_rate_alone() -> None:
     plan = Optimizer("sgd", 0.2, momentum=0.5, schedule="cosine", clip=1.0)
     assert plan.scaled(0.5) == Optimizer("sgd", 0.1, momentum=0.5, schedule="cosine", clip=1.0)
     assert plan.lr == 0.2
+
+
+def settled(plan: Optimizer, a: float, t: float, b: float, updates: int) -> float:
+    """Where (theta - a)² and a pull of b to t come to rest, from 3."""
+    theta = nn.Parameter(torch.tensor([3.0]))
+    optimizer, pull = plan.build([theta]), Pull(plan, [(theta, torch.tensor([t]), b)], updates)
+    for k in range(updates):
+        optimizer.zero_grad()
+        (theta - a).square().sum().backward()
+        optimizer.step()
+        pull(k + 1)
+    return theta.item()
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("b", [0.0, 1e-6, 0.5, 4.0, 1e3, 1e12])
+def test_a_pull_balances_the_loss_and_no_b_is_too_large(momentum: float, b: float) -> None:
+    plan = Optimizer("sgd", lr=0.02, momentum=momentum)
+    assert settled(plan, 1.0, -2.0, b, 600) == pytest.approx((1.0 - 2.0 * b) / (1 + b), abs=1e-4)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_pull_follows_the_schedule(schedule: str) -> None:
+    plan = Optimizer("adam", lr=0.5, schedule=schedule, warmup=0.2, milestones=(0.5,))
+    pull = Pull(plan, [], 10)
+    assert [pull.rate(k + 1) for k in range(10)] == [0.5 * plan.factor(k / 10) for k in range(10)]
+    assert Pull(Optimizer("sgd", lr=0.1, momentum=0.9), [], 1).rate(1) == pytest.approx(1.0)
+
+
+def test_what_is_at_its_target_keeps_its_bits() -> None:
+    theta = nn.Parameter(torch.rand(100, generator=torch.Generator().manual_seed(0)))
+    target = theta.detach().clone()
+    Pull(Optimizer("sgd", lr=0.3), [(theta, target, 0.7)], 1)(1)
+    assert torch.equal(theta, target)

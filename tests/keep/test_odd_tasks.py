@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from engram import catalogue
+from engram.compare.growth import OF_IMAGES
 from engram.core.learner import Learner
 from engram.core.settings import load_class
 from engram.data.table import MISSING, Table
@@ -17,7 +18,6 @@ from engram.engine.run import Run
 from engram.errors import EngramError
 
 LEARNERS = [row.name for row in catalogue.methods() if row.wing == "keep"]
-OF_IMAGES = {"keep.OnePrompt", "keep.L2P", "keep.NAPAVQ"}
 
 
 def rows(name: str, classes: list[int], each: int, tag: str) -> Table:

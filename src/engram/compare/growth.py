@@ -20,10 +20,12 @@ from engram.stats.seeds import generator
 TERMS: Mapping[str, tuple[str, ...]] = {
     "flat": (),
     "per class": ("classes",),
+    "per class pair": ("classes", "pairs"),
     "per task": ("classes", "tasks"),
     "per row": ("classes", "tasks", "rows"),
 }
 ROWS, IMAGES = ("values", (8,)), ("pixel_values", (1, 8, 8))
+OF_IMAGES = {"keep.OnePrompt", "keep.L2P", "keep.NAPAVQ", "keep.ConTraCon"}  # learners whose networks read images
 SETTLED = 0.3  # share of the tasks after which buffers are full
 TOLERANCE = 0.035  # of what is held: buffers with equal shares for all classes round down
 
@@ -36,6 +38,11 @@ class Held:
     classes: int
     rows: int
     bytes: int
+
+    @property
+    def pairs(self) -> int:
+        """Of classes."""
+        return self.classes**2
 
 
 def follow(learner: Learner, tasks: int, *, inputs: tuple[str, tuple[int, ...]] = ROWS, seed: int = 0) -> list[Held]:

@@ -29,7 +29,7 @@ class Learner:
 
     exact: ClassVar[bool] = False  # does `forget` equal never having learnt the rows?
     processes: ClassVar[str] = "exact"  # exact, statistical or one: what two processes give
-    growth: ClassVar[str] = "per class"  # flat, per class, per task, per row
+    growth: ClassVar[str] = "per class"  # flat, per class, per class pair, per task, per row
 
     def __post_init__(self) -> None:
         self._model: nn.Module | None = None

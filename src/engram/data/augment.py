@@ -7,7 +7,8 @@ changed, and nothing here reads labels.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -104,6 +105,162 @@ def two_views(batch: Batch, augment: Augment, draws: torch.Generator) -> Batch:
     labels = None if batch.labels is None else torch.cat([batch.labels] * 2)
     extra = {name: torch.cat([value] * 2) for name, value in batch.extra.items()}
     return Batch(inputs, labels, torch.cat([batch.rows] * 2), extra)
+
+
+Steps = tuple[tuple[str, float], ...]  # operations by name, in order, with their strengths
+
+
+def steps_of_policy(draws: torch.Generator) -> Steps:
+    """One sub-policy of AutoAugment's policy for CIFAR-10, drawn: the operations that happen, with signed strengths.
+
+    Cubuk, Zoph, Mane, Vasudevan, Le: AutoAugment. CVPR 2019, arXiv 1805.09501, appendix: 25 pairs of (operation,
+    chance, level 0 to 9), the levels spread evenly over an operation's range. Each call makes five draws, whatever
+    happens.
+    """
+    pair = POLICY[int(torch.randint(len(POLICY), (), generator=draws, device=draws.device))]
+    chances, signs = _uniform(2, draws).tolist(), _uniform(2, draws).tolist()
+    drawn = zip(pair, chances, signs, strict=True)
+    return tuple((name, _strength(name, level, sign < 0.5)) for (name, p, level), chance, sign in drawn if chance < p)
+
+
+def apply_steps(x: Tensor, steps: Steps) -> Tensor:
+    """Images [B, C, H, W] with values in 0 to 1 after these operations, the same for all; still in 0 to 1.
+
+    Strengths: shears and shifts as a share of the side, rotations in degrees, thresholds as a value, bits, factors less
+    1 for the rest; operations without one ignore it. What moves in from outside is mid-grey. Moves interpolate
+    linearly; an image's result depends on no other. Cost: a few passes over the pixels for each step.
+    """
+    for name, strength in steps:
+        x = _OPERATIONS[name](x, strength)
+    return x
+
+
+# the published sub-policies: (operation, chance, level)
+POLICY: tuple[tuple[tuple[str, float, int], tuple[str, float, int]], ...] = (
+    (("invert", 0.1, 7), ("contrast", 0.2, 6)),
+    (("rotate", 0.7, 2), ("shift x", 0.3, 9)),
+    (("sharpness", 0.8, 1), ("sharpness", 0.9, 3)),
+    (("shear y", 0.5, 8), ("shift y", 0.7, 9)),
+    (("autocontrast", 0.5, 8), ("equalize", 0.9, 2)),
+    (("shear y", 0.2, 7), ("posterize", 0.3, 7)),
+    (("color", 0.4, 3), ("brightness", 0.6, 7)),
+    (("sharpness", 0.3, 9), ("brightness", 0.7, 9)),
+    (("equalize", 0.6, 5), ("equalize", 0.5, 1)),
+    (("contrast", 0.6, 7), ("sharpness", 0.6, 5)),
+    (("color", 0.7, 7), ("shift x", 0.5, 8)),
+    (("equalize", 0.3, 7), ("autocontrast", 0.4, 8)),
+    (("shift y", 0.4, 3), ("sharpness", 0.2, 6)),
+    (("brightness", 0.9, 6), ("color", 0.2, 8)),
+    (("solarize", 0.5, 2), ("invert", 0.0, 3)),
+    (("equalize", 0.2, 0), ("autocontrast", 0.6, 0)),
+    (("equalize", 0.2, 8), ("equalize", 0.6, 4)),
+    (("color", 0.9, 9), ("equalize", 0.6, 6)),
+    (("autocontrast", 0.8, 4), ("solarize", 0.2, 8)),
+    (("brightness", 0.1, 3), ("color", 0.7, 0)),
+    (("solarize", 0.4, 5), ("autocontrast", 0.9, 3)),
+    (("shift y", 0.9, 9), ("shift y", 0.7, 9)),
+    (("autocontrast", 0.9, 2), ("solarize", 0.8, 3)),
+    (("equalize", 0.8, 8), ("invert", 0.1, 3)),
+    (("shift y", 0.7, 9), ("autocontrast", 0.9, 1)),
+)
+# strength at level 0 and level 9, and whether its sign is drawn
+RANGES: dict[str, tuple[float, float, bool]] = {
+    "shear x": (0.0, 0.3, True),
+    "shear y": (0.0, 0.3, True),
+    "shift x": (0.0, 150 / 331, True),
+    "shift y": (0.0, 150 / 331, True),
+    "rotate": (0.0, 30.0, True),
+    "color": (0.0, 0.9, True),
+    "contrast": (0.0, 0.9, True),
+    "sharpness": (0.0, 0.9, True),
+    "brightness": (0.0, 0.9, True),
+    "solarize": (1.0, 0.0, False),
+    "posterize": (8.0, 4.0, False),
+    "autocontrast": (0.0, 0.0, False),
+    "equalize": (0.0, 0.0, False),
+    "invert": (0.0, 0.0, False),
+}
+
+
+def _strength(name: str, level: int, turned: bool) -> float:
+    low, high, signed = RANGES[name]
+    value = low + (high - low) * level / 9
+    return -value if signed and turned else value
+
+
+def _warp(x: Tensor, matrix: list[list[float]]) -> Tensor:
+    """Images moved: a place p of the result, in -1 to 1, shows what was at `matrix` [2, 3] times (p, 1)."""
+    grid = F.affine_grid(x.new_tensor(matrix).expand(len(x), 2, 3), list(x.shape), align_corners=False)
+    return F.grid_sample(x - 0.5, grid, align_corners=False) + 0.5
+
+
+def _rotate(x: Tensor, degrees: float) -> Tensor:
+    c, s = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    tall = x.shape[2] / x.shape[3]
+    return _warp(x, [[c, -s * tall, 0.0], [s / tall, c, 0.0]])
+
+
+def _blend(x: Tensor, other: Tensor, strength: float) -> Tensor:
+    """1 + strength times the way from another image to this one."""
+    return (other + (1 + strength) * (x - other)).clamp(0, 1)
+
+
+def _grey(x: Tensor) -> Tensor:
+    """Luminance [B, 1, H, W]; of other than three channels their mean."""
+    weights = x.new_tensor((0.299, 0.587, 0.114) if x.shape[1] == 3 else (1 / x.shape[1],) * x.shape[1])
+    return (x * weights[:, None, None]).sum(1, keepdim=True)
+
+
+def _smooth(x: Tensor) -> Tensor:
+    """Each pixel five times and its eight neighbours once, over 13; the border stays."""
+    if min(x.shape[2:]) < 3:
+        return x
+    kernel = x.new_tensor([[1, 1, 1], [1, 5, 1], [1, 1, 1]]) / 13
+    inner = F.conv2d(x, kernel.expand(x.shape[1], 1, 3, 3), groups=x.shape[1])
+    border = torch.ones_like(x, dtype=torch.bool)
+    border[:, :, 1:-1, 1:-1] = False
+    return torch.where(border, x, F.pad(inner, (1, 1, 1, 1)))
+
+
+def _posterize(x: Tensor, bits: float) -> Tensor:
+    step = 2.0 ** (8 - int(bits))
+    return torch.floor((x * 255).round() / step) * step / 255
+
+
+def _autocontrast(x: Tensor) -> Tensor:
+    """Each channel of an image stretched to 0 to 1; a channel of one value stays."""
+    low, high = x.amin((2, 3), keepdim=True), x.amax((2, 3), keepdim=True)
+    return torch.where(high > low, (x - low) / (high - low).clamp(min=1e-12), x)
+
+
+def _equalize(x: Tensor) -> Tensor:
+    """Each channel's 256 levels replaced by the share of its pixels above the darkest level that are as dark or darker;
+    a channel of one level stays."""
+    levels = (x * 255).round().clamp(0, 255).long().flatten(2)
+    counts = torch.zeros(*levels.shape[:2], 256, device=x.device).scatter_add_(2, levels, torch.ones_like(levels) * 1.0)
+    below = counts.cumsum(2)
+    darkest = counts.gather(2, levels.amin(2, keepdim=True))
+    rest = levels.shape[2] - darkest
+    spread = ((below.gather(2, levels) - darkest) / rest.clamp(min=1)).to(x)
+    return torch.where(rest > 0, spread, x.flatten(2)).view_as(x)
+
+
+_OPERATIONS: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "shear x": lambda x, s: _warp(x, [[1.0, s, 0.0], [0.0, 1.0, 0.0]]),
+    "shear y": lambda x, s: _warp(x, [[1.0, 0.0, 0.0], [s, 1.0, 0.0]]),
+    "shift x": lambda x, s: _warp(x, [[1.0, 0.0, 2 * s], [0.0, 1.0, 0.0]]),
+    "shift y": lambda x, s: _warp(x, [[1.0, 0.0, 0.0], [0.0, 1.0, 2 * s]]),
+    "rotate": _rotate,
+    "color": lambda x, s: _blend(x, _grey(x), s),
+    "contrast": lambda x, s: _blend(x, _grey(x).mean((2, 3), keepdim=True), s),
+    "sharpness": lambda x, s: _blend(x, _smooth(x), s),
+    "brightness": lambda x, s: _blend(x, torch.zeros_like(x), s),
+    "solarize": lambda x, threshold: torch.where(x < threshold, x, 1 - x),
+    "posterize": _posterize,
+    "autocontrast": lambda x, _: _autocontrast(x),
+    "equalize": lambda x, _: _equalize(x),
+    "invert": lambda x, _: 1 - x,
+}
 
 
 def _changeable(x: Tensor) -> bool:

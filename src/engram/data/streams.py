@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -13,7 +15,10 @@ from engram.errors import EngramError, unknown
 from engram.stats.continual import Convention, class_order, split_sizes
 from engram.stats.seeds import generator
 
-SCENARIOS = ("class", "task", "domain", "single")
+if TYPE_CHECKING:
+    from engram.data.chronological import Dated
+
+SCENARIOS = ("class", "task", "few-shot", "domain", "single")
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,31 @@ def class_stream(
     return stages
 
 
+def few_shot(
+    train: Table,
+    test: Table,
+    *,
+    base: int,
+    ways: int,
+    shots: int,
+    tasks: int | None = None,
+    order: Convention = "natural",
+    seed: int = 0,
+) -> list[Stage]:
+    """A base task of `base` classes with all their rows, then tasks of `ways` new classes with `shots` rows each.
+
+    Test rows are not thinned out. `tasks`: only the first so many, the base counted too; the other classes never
+    arrive. The rows of a class are drawn by (seed, class), whatever the order. Without a base (0) all tasks are of few
+    shots. EngramError if a class has fewer rows, and as for `class_stream`.
+    """
+    stages = class_stream(train, test, base=base, increment=ways, order=order, seed=seed)
+    if shots < 1 or not 1 <= (tasks or 1) <= len(stages):
+        raise EngramError(f"{tasks} tasks of {shots} shots cannot be had: there are {len(stages)} tasks; shots from 1")
+    first = 1 if base else 0
+    few = [replace(stage, task=_thinned(stage.task, shots, seed)) for stage in stages[first:tasks]]
+    return [*stages[:first], *few]
+
+
 def domain_stream(train: Table, test: Table, column: str) -> list[Stage]:
     """One task for each value of an extra column, in order of its first appearance; the classes are the same
     in all.
@@ -63,6 +93,14 @@ def domain_stream(train: Table, test: Table, column: str) -> list[Stage]:
         _stage(_equal(train, here, value), _equal(test, there, value), index, train.classes if index == 0 else ())
         for index, value in enumerate(dict.fromkeys(here))
     ]
+
+
+def chronological(path: str | Path, **settings: Any) -> list[Dated]:
+    """Tasks by the year in which their data were published, as a YAML file lists them; see `data.chronological.build`,
+    which takes the same arguments."""
+    from engram.data.chronological import build
+
+    return build(path, **settings)
 
 
 def single(train: Table, test: Table) -> list[Stage]:
@@ -87,12 +125,13 @@ def online(stages: Sequence[Stage], batch: int, seed: int = 0) -> Iterator[Task]
 
 def stream(train: Table, test: Table, scenario: str = "class", **settings: object) -> list[Stage]:
     """A stream by the name of its scenario: class, task (the same stages; probes may use the task's classes),
-    domain
-    (`column`), single."""
+    few-shot, domain (`column`), single."""
     if scenario not in SCENARIOS:
         raise unknown("scenario", scenario, SCENARIOS)
     if scenario in ("class", "task"):
         return class_stream(train, test, **settings)  # type: ignore[arg-type]
+    if scenario == "few-shot":
+        return few_shot(train, test, **settings)  # type: ignore[arg-type]
     return domain_stream(train, test, **settings) if scenario == "domain" else single(train, test)  # type: ignore[arg-type]
 
 
@@ -102,6 +141,19 @@ def _stage(train: Table, test: Table, index: int, classes: tuple[int, ...]) -> S
             f"task {index} (classes {list(train.classes)}) has no test rows; give test rows of its classes"
         )
     return Stage(Task(train, None, index, classes, train.names), test)
+
+
+def _thinned(task: Task, shots: int, seed: int) -> Task:
+    """The same task with `shots` rows of every class, in the order of the table."""
+    assert task.train.labels is not None
+    kept = [_few((task.train.labels == c).nonzero()[:, 0], c, shots, seed) for c in task.classes]
+    return replace(task, train=task.train.take(torch.cat(kept).sort().values))
+
+
+def _few(rows: torch.Tensor, label: int, shots: int, seed: int) -> torch.Tensor:
+    if len(rows) < shots:
+        raise EngramError(f"class {label} has {len(rows)} training rows, fewer than {shots} shots")
+    return rows[torch.randperm(len(rows), generator=generator("shots", seed, label))[:shots]]
 
 
 def _classes(train: Table) -> tuple[int, ...]:

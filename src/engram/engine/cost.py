@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+
+from torch.utils.flop_counter import FlopCounterMode
 
 
 @dataclass
@@ -51,3 +53,22 @@ class Cost:
             yield
         finally:
             self.seconds += time.perf_counter() - start
+
+    @contextmanager
+    def counting(self) -> Iterator[None]:
+        """Add the floating-point operations of the block, as `flops_of` counts them; what it costs by other accounts
+        goes on as it is."""
+        with FlopCounterMode(display=False) as counter:
+            yield
+        self.flops += counter.get_total_flops()
+
+
+def flops_of(act: Callable[[], object]) -> int:
+    """Floating-point operations of the matrix products, convolutions and attentions in `act()`, forward and backward.
+
+    A multiply-add counts 2 (`torch.utils.flop_counter`); published figures often count it 1, those of NEVIS'22 among
+    them. Solving and decomposing, norms and activations are not counted.
+    """
+    with FlopCounterMode(display=False) as counter:
+        act()
+    return int(counter.get_total_flops())

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from engram.errors import unknown
 
@@ -66,3 +66,29 @@ class Optimizer:
     def scaled(self, factor: float) -> Optimizer:
         """The same with another learning rate."""
         return replace(self, lr=self.lr * factor)
+
+
+class Pull:
+    """Holds parameters near targets by the implicit step of b (theta - target)², taken after each update of the loss.
+
+    theta becomes (theta + 2 r b target) / (1 + 2 r b), r = the plan's learning rate at that update, over 1 - momentum
+    for SGD: no b is too large for the step, theta moves on a line to its target, and SGD rests where the gradients of
+    the loss and of b (theta - target)² cancel. Adam's steps do not grow with the gradient, so for it b is no weight of
+    a loss, but a decoupled decay (as AdamW's). Hand it to `fit` as `after_step`. `held`: (parameter, target, b), 0 <= b
+    < inf. `updates`: of the whole training, for the schedule.
+    """
+
+    def __init__(self, plan: Optimizer, held: Sequence[tuple[nn.Parameter, Tensor, float]], updates: int) -> None:
+        self.plan, self.held, self.updates = plan, [one for one in held if one[2] > 0], updates
+
+    def rate(self, update: int) -> float:
+        """r at the k-th update, counted from 1."""
+        inertia = 1 - self.plan.momentum if self.plan.name == "sgd" else 1.0
+        return self.plan.lr * self.plan.factor(min((update - 1) / self.updates, 1.0)) / inertia
+
+    @torch.no_grad()
+    def __call__(self, update: int) -> None:
+        """The step that follows the k-th update."""
+        for p, target, b in self.held:
+            strength = 2 * self.rate(update) * b
+            p.lerp_(target.to(p), strength / (1 + strength))

@@ -82,6 +82,7 @@ class NAPAVQ(GradientLearner):
     its rows.
     """
 
+    growth: ClassVar[str] = "per class pair"
     processes: ClassVar[str] = "one"
 
     optimizer: Optimizer = field(default=ENCODER)

@@ -20,7 +20,7 @@ from engram.models.predictor import Predictor
 from engram.models.seeding import seeded
 
 ENCODERS: dict[str, tuple[str, dict[str, Any]]] = {
-    **{name: (name, {}) for name in ("MLP", "ConvNet", "Identity", "ResNet", "ViT", "CCT")},
+    **{name: (name, {}) for name in ("MLP", "ConvNet", "Identity", "ResNet", "ViT", "CCT", "CompactTransformer")},
     "ResNet20": ("ResNet", {"blocks": 3}),
     "ResNet56": ("ResNet", {"blocks": 9}),
 }  # name in a config -> class and its arguments

@@ -10,11 +10,15 @@ import torch
 
 @contextmanager
 def seeded(generator: torch.Generator) -> Iterator[None]:
-    """Inside the block torch's global CPU generator follows `generator`; after it, it is where it was before.
+    """Inside the block torch's global generators follow `generator`; after it, they are where they were before.
 
-    One number is drawn from `generator`. Only the CPU generator is touched: build on the CPU, then move.
+    One number is drawn from `generator`. Those of CUDA devices, which dropout reads there, follow once CUDA is in use.
+    What is built inside should be built on the CPU, so that it is the same everywhere.
     """
-    seed = torch.randint(2**62, (), generator=generator, device=generator.device)
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(int(seed))
+    seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    with torch.random.fork_rng(devices=devices):
+        torch.default_generator.manual_seed(seed)
+        if devices:
+            torch.cuda.manual_seed_all(seed)
         yield

@@ -63,7 +63,7 @@ class CompactBlock(Block):
         return x + self.mlp(x)
 
 
-class _ImageTransformer(Encoder):
+class ImageTransformer(Encoder):
     """What both have in common: square images of one size, and the arguments that follow from them."""
 
     image_size: int
@@ -82,7 +82,7 @@ class _ImageTransformer(Encoder):
         return pixel_values
 
 
-class ViT(_ImageTransformer):
+class ViT(ImageTransformer):
     """Dosovitskiy et al. (2020), arXiv:2010.11929: linear patches, a class token, learnt positions; the
     features are the normalised class token. Reads `pixel_values` [B, channels, image_size, image_size].
     """
@@ -116,7 +116,7 @@ class ViT(_ImageTransformer):
         return Output(pooler_output=self.norm(tokens[:, 0]))
 
 
-class CCT(_ImageTransformer):
+class CCT(ImageTransformer):
     """Hassani et al. (2021), arXiv:2104.05704: tokens from `convolutions` layers of 3×3 convolution, ReLU and
     halving; the features are a learnt, softmax-weighted mean of the tokens. Reads `pixel_values` as ViT does.
     """
