@@ -16,12 +16,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from engram.errors import EngramError
 
 Blocks = Callable[[], Iterable[tuple[int, Tensor]]]  # (column of the class, rows [n, d]), the same at every call
+Bits = list[np.ndarray]  # for every block which rows are active, eight classes a byte, uint8 [n, ceil(k / 8)]
 STEPS, INNER, FORCING, LEAST_STEP = 100, 100, 0.1, 2.0**-20
 
 
@@ -47,19 +49,19 @@ def squared_hinge(blocks: Blocks, classes: int, *, C: float = 1.0, tol: float = 
     return w[:-1], w[-1]
 
 
-def _evaluated(blocks: Blocks, w: Tensor, C: float) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """f [k], its gradient [d + 1, k], and the mask [n, k] of active rows for every block."""
+def _evaluated(blocks: Blocks, w: Tensor, C: float) -> tuple[Tensor, Tensor, Bits]:
+    """f [k], its gradient [d + 1, k], and which rows are active."""
     value, gradient, active = w.square().sum(0) / 2, w.clone(), []
     for column, rows in blocks():
         x = rows.double()
         short = (1 - _signed(torch.addmm(w[-1], x, w[:-1]), column)).clamp_(min=0)
-        active.append(short > 0)
+        active.append(np.packbits((short > 0).numpy(), axis=1))
         value = value + C * short.square().sum(0)
         _add(gradient, x, _signed(short, column), -2 * C)
     return value, gradient, active
 
 
-def _newton(blocks: Blocks, active: list[Tensor], aim: Tensor, C: float) -> Tensor:
+def _newton(blocks: Blocks, active: Bits, aim: Tensor, C: float) -> Tensor:
     """Conjugate gradients for H s = aim, a system for each class; those that are done move no more."""
     s, r = torch.zeros_like(aim), aim.clone()
     p, rr = r.clone(), r.square().sum(0)
@@ -69,8 +71,8 @@ def _newton(blocks: Blocks, active: list[Tensor], aim: Tensor, C: float) -> Tens
         if not bool(going.any()):
             break
         hp = p.clone()
-        for (_, rows), mask in zip(blocks(), active, strict=True):
-            x = rows.double()
+        for (_, rows), bits in zip(blocks(), active, strict=True):
+            x, mask = rows.double(), torch.from_numpy(np.unpackbits(bits, axis=1, count=p.shape[1]))
             _add(hp, x, torch.addmm(p[-1], x, p[:-1]).mul_(mask), 2 * C)
         alpha = torch.where(going, rr / (p * hp).sum(0).clamp(min=1e-300), 0.0)
         s, r = s + alpha * p, r - alpha * hp
@@ -80,8 +82,8 @@ def _newton(blocks: Blocks, active: list[Tensor], aim: Tensor, C: float) -> Tens
 
 
 def _searched(
-    blocks: Blocks, w: Tensor, direction: Tensor, here: tuple[Tensor, Tensor, list[Tensor]], C: float
-) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    blocks: Blocks, w: Tensor, direction: Tensor, here: tuple[Tensor, Tensor, Bits], C: float
+) -> tuple[Tensor, Tensor, Tensor, Bits]:
     """The first of 1, 1/2, 1/4 … times the direction that lessens f enough, for each class."""
     value, gradient, _ = here
     slope = (gradient * direction).sum(0)
