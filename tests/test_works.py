@@ -31,7 +31,9 @@ from engram.forget.laf import LAF
 from engram.forget.ssd import SSD
 from engram.keep import prd, proto_net, slnid
 from engram.keep.acu import ACU
+from engram.keep.chunked_hypernetwork import ChunkedHypernetwork
 from engram.keep.contracon import ConTraCon
+from engram.keep.dependency_preserving_hypernetwork import DependencyPreservingHypernetwork
 from engram.keep.dynamic import Dynamic
 from engram.keep.fast_slow import FastSlow
 from engram.keep.fetril import FeTrIL
@@ -56,6 +58,7 @@ from engram.reproduce import (
     contracon,
     datamodel_matching,
     deep_regression_unlearning,
+    dependency_preserving_hypernetworks,
     eco_prompts,
     few_shot_cl_brain,
     laf,
@@ -394,6 +397,15 @@ def pull_of_important_weights(weight: float, split: Split, monkeypatch: pytest.M
     return few_shot_cl_brain.brief(0).freshness("both steps")
 
 
+def hold_of_generated_weights(weight: float, split: Split, monkeypatch: pytest.MonkeyPatch) -> float:
+    """How far a second task takes what is generated for the first, as a share of its length, with R so weighted."""
+    original = ChunkedHypernetwork.regulariser
+    monkeypatch.setattr(ChunkedHypernetwork, "regulariser", lambda self, *given: weight * original(self, *given))
+    sizes, held = dependency_preserving_hypernetworks.DIGITS, dependency_preserving_hypernetworks.HELD
+    learner = sizes.hypernetwork(DependencyPreservingHypernetwork, held)
+    return dependency_preserving_hypernetworks.measured(learner, sizes.stages(0)[:2]).moved
+
+
 OWN_TERMS: dict[str, tuple[Callable[[float, Split, pytest.MonkeyPatch], float], tuple[float, float]]] = {
     "nmc-baseline": (subtraction_of_means, (0.0, 1e-8)),
     "fetril": (translation, (0.0, 1e-5)),
@@ -425,6 +437,7 @@ OWN_TERMS: dict[str, tuple[Callable[[float, Split, pytest.MonkeyPatch], float], 
     "non-instructional-finetuning": (answers_of_the_teacher, (0.8, 1.0)),
     "lifelong-framework": (pull_to_the_target, (0.0, 1e-4)),
     "tame": (jump_of_the_loss, (0.75, 0.95)),
+    "dependency-preserving-hypernetworks": (hold_of_generated_weights, (0.0, 0.25)),
 }
 
 

@@ -429,6 +429,8 @@ PAPERS: tuple[Paper, ...] = (
         "keep",
         "a recurrent hypernetwork, which lets layers depend on each other, generates better weights for every task",
         ("keep.DependencyPreservingHypernetwork", "keep.ChunkedHypernetwork"),
+        status="works (reconstruction)",
+        holds=6,
     ),
     Paper(
         "open-world-cl",

@@ -77,6 +77,7 @@ HAVE = [
     "ununlearning",
     "cfsl-instances",
     "few-shot-cl-brain",
+    "dependency-preserving-hypernetworks",
 ]
 
 

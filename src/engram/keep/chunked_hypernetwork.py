@@ -77,7 +77,7 @@ class ChunkedHypernetwork(GradientLearner):
     subset: int | None = None
 
     growth: ClassVar[str] = "per task"
-    processes: ClassVar[str] = "statistical"  # each looks ahead by the rows of its own
+    processes: ClassVar[str] = "one"  # each would look ahead by the rows of its own
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -86,7 +86,7 @@ class ConTraCon(GradientLearner):
     noise: float = 1.0
 
     growth: ClassVar[str] = "per task"
-    processes: ClassVar[str] = "statistical"  # each draws which blocks its rows leave out
+    processes: ClassVar[str] = "one"  # each would draw which blocks its rows leave out
 
     @classmethod
     def tiny(cls) -> ConTraCon:
