@@ -36,7 +36,9 @@ trains an MLP with one hidden layer of 128 on them, {epochs} epochs a task. Clas
 1995; mean ± half of the 95 % t interval over them. Every learner tried at most {trials} learning rates within
 {budget:.0f} seconds on a class order of its own; the best was frozen. Accuracies are task means among all
 classes seen. kB: of the model and all state after the last task. GFLOP: while the second task is learnt.
-Methods that need images, names of classes or other means are not here."""
+Methods that need images, names of classes or other means are not here. A few have settings of their own, which the
+module lists (`OWN`): TAME a window of 10 losses, since a task has some dozens of batches; Independent, Previous and
+Dynamic two trials a task."""
 
 
 def main() -> None:

@@ -22,10 +22,9 @@ from engram.engine.run import Run
 from engram.keep.open_variational import OpenVariational, misfit
 from engram.reproduce.digits import curve
 from engram.stats.continual import class_order
-from engram.stats.intervals import auc, mean
-from engram.stats.scores import entropy
+from engram.stats.intervals import auc, fpr_at, mean
+from engram.stats.scores import entropy, rejection_threshold
 from engram.stats.seeds import generator
-from engram.stats.tails import fpr_at, rejection_threshold
 
 Figures = dict[str, float]
 SETTINGS: dict[str, Any] = {

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from engram.core.chronicle import front
 from engram.data.table import Table
+from engram.engine.predict import error_of, error_of_scores
 from engram.engine.run import Run
-from engram.engine.search import Best, drawn, error_of, error_of_scores
+from engram.engine.search import Best, drawn
 from engram.errors import EngramError
 from engram.models.output import Output
 from engram.stats.multilabel import average_precisions, mean_average_precision

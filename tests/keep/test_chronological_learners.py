@@ -19,9 +19,8 @@ from engram.data.streams import chronological
 from engram.data.table import MISSING, Table
 from engram.data.task import Task
 from engram.engine.cost import flops_of
-from engram.engine.predict import accuracy, predict
+from engram.engine.predict import accuracy, error_of, predict
 from engram.engine.run import Run
-from engram.engine.search import error_of
 from engram.errors import EngramError
 from engram.keep import per_task
 from engram.keep.dynamic import Dynamic, embedded

@@ -20,9 +20,10 @@ from engram.data.task import Task
 from engram.engine.optimizer import Optimizer
 from engram.engine.predict import accuracy, evaluating, predict
 from engram.engine.run import Run
+from engram.engine.select import prune
 from engram.errors import EngramError
 from engram.forget.finetune import Finetune
-from engram.keep.tame import EXPERT, TAME, Monitor, classifier, prune, row_losses, smooth, threshold
+from engram.keep.tame import EXPERT, TAME, Monitor, classifier, row_losses, smooth, threshold
 from engram.models import load, save
 from engram.models.routed import Routed
 from engram.models.seeding import seeded

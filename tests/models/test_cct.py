@@ -24,9 +24,8 @@ from engram.models.convolved_attention import (
     TaskPart,
     begun,
     convolved,
-    joined,
-    normalised_entropies,
 )
+from engram.models.task_inference import joined, normalised_entropies
 from engram.testing import holds
 
 Make = Callable[..., Any]

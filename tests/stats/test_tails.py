@@ -8,7 +8,9 @@ from hypothesis import strategies as st
 from scipy.stats import weibull_min
 
 from engram.errors import EngramError
-from engram.stats.tails import Tail, fit_tail, fit_weibull, fpr_at, rejection_threshold
+from engram.stats.intervals import fpr_at
+from engram.stats.scores import rejection_threshold
+from engram.stats.tails import Tail, fit_tail, fit_weibull
 from engram.testing import holds
 
 

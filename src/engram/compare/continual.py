@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from engram import catalogue
 from engram.compare.work import FORMAT, Row, Work, spread
@@ -27,6 +26,7 @@ from engram.core.learner import Learner, fork
 from engram.core.settings import make
 from engram.data.buffer import Buffer
 from engram.data.streams import Stage, class_stream
+from engram.engine.cost import flops_of
 from engram.engine.predict import hits
 from engram.engine.progress import Progress
 from engram.engine.run import Run
@@ -213,11 +213,8 @@ def follow(learner: Learner, stages: Sequence[Stage], run: Run) -> Course:
 
 
 def operations(learner: Learner, stage: Stage, run: Run) -> int:
-    """Floating-point operations of matrix products and convolutions while a copy of the learner takes in a task;
-    solving and decomposing are not counted."""
-    with FlopCounterMode(display=False) as counter:
-        fork(learner).learn(stage.task, Run(seed=run.seed))
-    return counter.get_total_flops()
+    """Floating-point operations, as `flops_of` counts them, while a copy of the learner takes in a task."""
+    return flops_of(lambda: fork(learner).learn(stage.task, Run(seed=run.seed)))
 
 
 def bytes_of(state: Any) -> int:

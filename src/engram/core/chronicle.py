@@ -14,8 +14,8 @@ from typing import Any, Literal
 from engram.core.learner import Learner
 from engram.core.settings import name_of
 from engram.data.chronological import Dated
+from engram.engine.predict import error_of
 from engram.engine.run import Run
-from engram.engine.search import error_of
 
 
 @dataclass(frozen=True)

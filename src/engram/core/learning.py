@@ -53,20 +53,25 @@ class GradientLearner(Learner):
         with run.scope("learn"):
             self._prepare(task, run)
             self.start(task, run)
-            fit(
-                lambda batch: self.step(batch, task),
-                lambda epoch: self.batches(task, epoch, run),
-                model=self.model.train(),
-                optimizer=self.optimizers(),
-                epochs=self.epochs,
-                run=run,
-                state=self.changing(),
-                steps=-(-len(task.train) // self.batch_size),
-                after_step=self.after_step,
-            )
-            self.model.eval()
+            self.optimise(task, run)
             self.seen.add(task.train.ids)
             self.end(task, run)
+
+    def optimise(self, task: Task, run: Run, name: str = "fit") -> None:
+        """Train the model on the task's rows by the hooks; it is in eval mode afterwards."""
+        fit(
+            lambda batch: self.step(batch, task),
+            lambda epoch: self.batches(task, epoch, run),
+            model=self.model.train(),
+            optimizer=self.optimizers(),
+            epochs=self.epochs,
+            run=run,
+            name=name,
+            state=self.changing(),
+            steps=-(-len(task.train) // self.batch_size),
+            after_step=self.after_step,
+        )
+        self.model.eval()
 
     def start(self, task: Task, run: Run) -> None:
         """Before training."""

@@ -1,4 +1,4 @@
-"""Damage to inputs from an explicit generator: hidden areas, replaced and blurred values. Labels are never read."""
+"""Damage to inputs from an explicit generator: hidden areas, replaced and noisy values. Labels are never read."""
 
 from __future__ import annotations
 
@@ -19,9 +19,8 @@ def occlude(x: Tensor, share: float, generator: torch.Generator, value: float = 
     """Images [B, C, H, W], each with one rectangle of `share` of its area set to `value`, at a random place.
 
     The rectangle has the image's proportions as nearly as whole pixels allow; its area is right to within half of one
-    of its columns.
-    With equal draws a larger share hides a place near the smaller one's. EngramError for other shapes, and a share
-    outside 0 to 1.
+    of its columns. With equal draws a larger share hides a place near the smaller one's. EngramError for
+    other shapes, and a share outside 0 to 1.
     """
     _between("share", share)
     if x.ndim != 4:

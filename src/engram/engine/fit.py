@@ -21,6 +21,7 @@ from engram.engine.losses import Mean
 from engram.engine.optimizer import Optimizer
 from engram.engine.run import Run
 from engram.errors import EngramError
+from engram.models.norms import batch_norms
 
 Update = tuple[Mean, torch.optim.Optimizer]
 Step = Callable[[Any], Mean | Generator[Update, None, None]]
@@ -240,7 +241,7 @@ def _sum_gradients(params: list[nn.Parameter]) -> None:
 
 def _average_statistics(model: nn.Module, processes: int) -> None:
     """Running statistics of a batch's shares become their mean, so that all processes hold one model."""
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
+    norms = [norm for norm in batch_norms(model) if norm.training]
     found = [value for m in norms for value in (m.running_mean, m.running_var) if value is not None]
     for value in _summed(found):
         value /= processes

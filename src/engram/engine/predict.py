@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engram.data.table import IGNORED, Batch, Table, Target
+from engram.data.table import IGNORED, MISSING, Batch, Table, Target
 from engram.engine.losses import per_row
 from engram.engine.run import Run
 from engram.errors import EngramError
+from engram.stats.multilabel import mean_average_precision
 
 Reader = Callable[[Any, Batch], Tensor]
 
@@ -75,6 +77,29 @@ def accuracy(
 ) -> float:
     """The share of rows whose label has the largest logit, among `classes` if given; NaN for no rows."""
     return float(hits(model, table, classes=classes, run=run).double().mean())
+
+
+def error_of(model: nn.Module, table: Table, classes: Sequence[int], run: Run | None = None) -> float:
+    """1 - accuracy among `classes`, or where a row may have several labels, 1 - mean average precision.
+
+    `classes`: the columns of the logits that take part; labels [n, k] of 0 and 1 belong to them in this order. A class
+    that the model does not have is never told. Rows without a label do not count; NaN where none has one.
+    """
+    columns = list(classes)
+    logits = predict(model, table, run=run)
+    room = max(columns, default=-1) + 1 - logits.shape[1]
+    scores = F.pad(logits, (0, max(room, 0)), value=-torch.inf)[:, columns]
+    return error_of_scores(scores, table, columns)
+
+
+def error_of_scores(scores: Tensor, table: Table, classes: Sequence[int]) -> float:
+    """The same of scores [n, k], one column for each of the classes."""
+    assert table.labels is not None
+    if table.target == Target.NUMBERS:
+        return 1 - mean_average_precision(scores, table.labels)
+    known = table.labels != MISSING
+    told = torch.tensor(list(classes))[scores[known].argmax(1)]
+    return 1 - float((told == table.labels[known]).double().mean())
 
 
 def hits(model: nn.Module, table: Table, *, classes: tuple[int, ...] | None = None, run: Run | None = None) -> Tensor:

@@ -8,18 +8,14 @@ best wins: the error of a trial's last step says more of when it ended than of i
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from engram.data.table import MISSING, Table, Target
-from engram.engine.predict import predict
 from engram.engine.run import Run
 from engram.errors import EngramError
-from engram.stats.multilabel import mean_average_precision
 
 Span = tuple[float, float]
 
@@ -66,26 +62,3 @@ class Best:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Become what `state_dict` described."""
         self.error, self.step, self.weights = state["error"], state["step"], dict(state["weights"])
-
-
-def error_of(model: nn.Module, table: Table, classes: Sequence[int], run: Run | None = None) -> float:
-    """1 - accuracy among `classes`, or where a row may have several labels, 1 - mean average precision.
-
-    `classes`: the columns of the logits that take part; labels [n, k] of 0 and 1 belong to them in this order. A class
-    that the model does not have is never told. Rows without a label do not count; NaN where none has one.
-    """
-    columns = list(classes)
-    logits = predict(model, table, run=run)
-    room = max(columns, default=-1) + 1 - logits.shape[1]
-    scores = torch.nn.functional.pad(logits, (0, max(room, 0)), value=-torch.inf)[:, columns]
-    return error_of_scores(scores, table, columns)
-
-
-def error_of_scores(scores: Tensor, table: Table, classes: Sequence[int]) -> float:
-    """The same of scores [n, k], one column for each of the classes."""
-    assert table.labels is not None
-    if table.target == Target.NUMBERS:
-        return 1 - mean_average_precision(scores, table.labels)
-    known = table.labels != MISSING
-    told = torch.tensor(list(classes))[scores[known].argmax(1)]
-    return 1 - float((told == table.labels[known]).double().mean())

@@ -54,3 +54,18 @@ class Selection:
     def _weights(self, model: nn.Module) -> dict[str, Tensor]:
         found = {name: p for name, p in model.named_parameters() if name in self.masks}
         return {name: torch.where(self.masks[name].to(p.device), p, self.held[name].to(p)) for name, p in found.items()}
+
+
+def prune(network: nn.Module, share: float) -> Masks:
+    """Set a share of the weights to zero in place, those of least size over all matrices and kernels together
+    (parameters of two dimensions or more; biases and norms stay). The masks of those that are left."""
+    masks = top({name: p.detach().abs() for name, p in network.named_parameters() if p.ndim > 1}, 1 - share)
+    cut(network, masks)
+    return masks
+
+
+@torch.no_grad()
+def cut(network: nn.Module, masks: Masks) -> None:
+    """Set the weights outside their masks to zero, in place."""
+    for name, mask in masks.items():
+        network.get_parameter(name).mul_(mask)

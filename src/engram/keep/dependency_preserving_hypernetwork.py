@@ -27,7 +27,6 @@ from dataclasses import dataclass
 import torch
 
 from engram.data.task import Task
-from engram.engine.fit import fit
 from engram.engine.predict import evaluating
 from engram.engine.run import Run
 from engram.errors import EngramError
@@ -67,7 +66,7 @@ class DependencyPreservingHypernetwork(ChunkedHypernetwork):
     def end(self, task: Task, run: Run) -> None:
         if self.limit is not None and self.loss_of(task) > self.limit:
             self.grow(run)
-            self._again(task, run)
+            self.optimise(task, run, "grown")
         super().end(task, run)
 
     def grow(self, run: Run) -> None:
@@ -86,17 +85,3 @@ class DependencyPreservingHypernetwork(ChunkedHypernetwork):
                 (found, known), *_ = self.task_loss(batch.to(weights.device), weights).terms
                 total, count = total + float(found), count + float(known)
         return total / max(count, 1.0)
-
-    def _again(self, task: Task, run: Run) -> None:
-        """Train the task once more."""
-        fit(
-            lambda batch: self.step(batch, task),
-            lambda epoch: self.batches(task, epoch, run),
-            model=self.model.train(),
-            optimizer=self.optimizers(),
-            epochs=self.epochs,
-            run=run,
-            name="grown",
-            steps=-(-len(task.train) // self.batch_size),
-        )
-        self.model.eval()

@@ -25,10 +25,10 @@ from torch import Tensor, nn
 
 from engram.data.table import Table
 from engram.engine.cost import flops_of
-from engram.engine.predict import evaluating
+from engram.engine.predict import error_of_scores, evaluating
 from engram.engine.run import Run
-from engram.engine.search import error_of_scores
 from engram.keep.per_task import Job, PerTask
+from engram.models.norms import batch_norms
 from engram.models.predictor import Predictor
 from engram.stats.knn import nearest, vote
 
@@ -90,9 +90,8 @@ def embedded(encoder: nn.Module, table: Table, run: Run) -> Tensor:
     """Features [n, d] of a frozen backbone, whose batch norms take the statistics of each batch; it stays as it is."""
     twin = copy.deepcopy(encoder).to(run.device)
     with evaluating(twin):
-        for part in twin.modules():
-            if isinstance(part, nn.modules.batchnorm._BatchNorm) and len(table) > 1:
-                part.train()
+        for norm in batch_norms(twin) if len(table) > 1 else ():
+            norm.train()
         pieces = torch.arange(len(table)).tensor_split(-(-len(table) // BATCH))
         batches = (table.batch(rows).to(run.device) for rows in pieces)
         found = [twin(**batch.inputs).pooler_output.flatten(1).float().cpu() for batch in batches]

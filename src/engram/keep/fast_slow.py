@@ -61,6 +61,7 @@ from engram.keep.consolidation import Consolidation, pulled
 from engram.models.head import Head
 from engram.models.heads import CosineHead
 from engram.models.io import pack, unpack
+from engram.models.norms import batch_norms
 from engram.models.output import Output
 from engram.models.predictor import Predictor
 from engram.stats.moments import ClassMeans
@@ -412,7 +413,6 @@ def _body(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def _steady(model: nn.Module) -> nn.Module:
     """The model with its batch statistics as they are."""
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.eval()
+    for norm in batch_norms(model):
+        norm.eval()
     return model

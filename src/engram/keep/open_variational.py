@@ -60,7 +60,8 @@ from engram.models.open_variational import DISTANCES, OpenClassifier, Tails, div
 from engram.models.output import Output
 from engram.models.predictor import Predictor
 from engram.models.seeding import seeded
-from engram.stats.tails import fit_tail, rejection_threshold
+from engram.stats.scores import rejection_threshold
+from engram.stats.tails import fit_tail
 
 WIDER = 2.0  # deviation of the prior when that of 1 has not filled a class
 WIDE = {"name": "MLP", "hidden": [400, 400], "norm": "batch"}

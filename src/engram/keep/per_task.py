@@ -46,9 +46,9 @@ from engram.engine.cost import flops_of
 from engram.engine.fit import fit
 from engram.engine.losses import Mean
 from engram.engine.optimizer import Optimizer
-from engram.engine.predict import evaluating, predict
+from engram.engine.predict import error_of_scores, evaluating, predict
 from engram.engine.run import Run
-from engram.engine.search import Best, Setting, Span, drawn, error_of_scores
+from engram.engine.search import Best, Setting, Span, drawn
 from engram.errors import EngramError
 from engram.models.build import build
 from engram.models.experts import Experts

@@ -58,7 +58,7 @@ from engram.engine.losses import Mean
 from engram.engine.optimizer import Optimizer
 from engram.engine.predict import evaluating
 from engram.engine.run import Run
-from engram.engine.select import Masks, top
+from engram.engine.select import Masks, cut, prune
 from engram.errors import EngramError
 from engram.models.build import build
 from engram.models.head import Head
@@ -428,21 +428,6 @@ class TAME(GradientLearner):
             after_step=lambda _: cut(network, masks or {}),
         )
         network.eval()
-
-
-def prune(network: nn.Module, share: float) -> Masks:
-    """Set a share of the weights to zero in place, those of least size over all matrices and kernels together
-    (parameters of two dimensions or more; biases and norms stay). The masks of those that are left."""
-    masks = top({name: p.detach().abs() for name, p in network.named_parameters() if p.ndim > 1}, 1 - share)
-    cut(network, masks)
-    return masks
-
-
-@torch.no_grad()
-def cut(network: nn.Module, masks: Masks) -> None:
-    """Set the weights outside their masks to zero, in place."""
-    for name, mask in masks.items():
-        network.get_parameter(name).mul_(mask)
 
 
 def row_losses(scores: Tensor, targets: Tensor, outputs: int) -> Tensor:

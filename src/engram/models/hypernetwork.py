@@ -29,11 +29,11 @@ from torch.func import functional_call
 
 from engram.errors import EngramError
 from engram.models.config import Configured
-from engram.models.convolved_attention import joined, normalised_entropies
 from engram.models.encoders import Encoder
 from engram.models.heads import LinearHead
 from engram.models.output import Output
 from engram.models.predictor import Predictor, supervised_loss
+from engram.models.task_inference import joined, normalised_entropies
 
 NORM_SPREAD = 0.1  # of the generated scales and shifts of normalisation layers
 
@@ -174,7 +174,7 @@ class Hypernetwork(Configured, nn.Module):
     are. Running statistics of normalisation layers are kept for each task.
 
     Without a task, every task's network sees the rows, and the one with the least entropy, as a share of log k, has the
-    largest logit (`models.convolved_attention.joined`). Cost: one pass of the generator for all tasks together, and T
+    largest logit (`models.task_inference`). Cost: one pass of the generator for all tasks together, and T
     passes of the target network.
     """
 

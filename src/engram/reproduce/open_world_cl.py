@@ -38,9 +38,8 @@ from engram.keep.open_variational import OpenVariational, misfit
 from engram.reproduce.claims import Claim
 from engram.reproduce.digits import curve, digits, five_pairs
 from engram.stats.intervals import auc
-from engram.stats.scores import entropy
+from engram.stats.scores import entropy, rejection_threshold
 from engram.stats.seeds import generator
-from engram.stats.tails import rejection_threshold
 
 SETTINGS: dict[str, Any] = {
     "network": {"name": "MLP", "hidden": [128, 128], "norm": "batch"},

@@ -121,6 +121,16 @@ def tpr_at(pos: Values, neg: Values, fpr: float, level: float = 0.95) -> Estimat
     return Estimate(hits / len(p), low, high, len(p))
 
 
+def fpr_at(pos: Values, neg: Values, tpr: float = 0.95, level: float = 0.95) -> Estimate:
+    """Share of neg at or above the highest threshold that at least the share `tpr` of pos reaches, with its interval.
+
+    With scores of unknown rows as pos and of known ones as neg: the false alarms when 95% of the unknown are found
+    (Hendrycks, Mazeika, Dietterich 2019, arXiv 1812.04606).
+    """
+    passed = tpr_at(-array(neg), -array(pos), 1 - tpr, level)
+    return Estimate(1 - passed.value, 1 - passed.high, 1 - passed.low, passed.n)
+
+
 def bootstrap(
     values: Values,
     statistic: Callable[[np.ndarray], float],

@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import ceil
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from engram.errors import EngramError
+from engram.stats.intervals import Values, array
+
+GRID = 99  # thresholds 0.01, 0.02 … of the largest possible score
 
 
 def margin(logits: Tensor, y: Tensor) -> Tensor:
@@ -71,6 +75,21 @@ def conformal_threshold(scores: Tensor, labels: Tensor, alpha: float) -> float:
     misfit = 1 - scores.double().gather(1, labels.unsqueeze(1)).squeeze(1)
     rank = ceil((len(misfit) + 1) * (1 - alpha) - 1e-9)
     return misfit.sort().values[rank - 1].item() if rank <= len(misfit) else float("inf")
+
+
+def rejection_threshold(known: Values, share: float = 0.05, largest: float = 1.0) -> float:
+    """The smallest of largest · {0.01 … 0.99} above which at most this share of known scores [n] lies.
+
+    For omega, `largest` is 1; for another score, the largest that was seen. Where more of them lie even above the last
+    of these, as omega's do that is near 1 for many rows, it is the smallest of the scores themselves that does.
+    """
+    scores = array(known).ravel()
+    if not len(scores):
+        raise EngramError("a threshold is found on scores of known rows, and there are none")
+    grid = largest * np.arange(1, GRID + 1) / (GRID + 1)
+    candidates = np.concatenate([grid, np.sort(scores[scores > grid[-1]])])
+    rejected = (scores[:, None] > candidates).mean(0)
+    return float(candidates[np.argmax(rejected <= share)])
 
 
 def _log_complement(log_p: Tensor) -> Tensor:

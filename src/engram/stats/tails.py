@@ -1,4 +1,4 @@
-"""Extreme-value tails: how unusual a distance is, given the largest that were seen; and what open-set tests measure.
+"""Extreme-value tails: how unusual a distance is, given the largest that were seen.
 
 The largest of many distances follow a Weibull law where they are bounded (Fisher, Tippett 1928). As in meta-recognition
 (Scheirer et al. 2011, TPAMI 33(8)) and OpenMax (Bendale, Boult 2016, arXiv 1511.06233) the law is fitted to the tail
@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 
 from engram.errors import EngramError
-from engram.stats.intervals import Estimate, Values, array, tpr_at
+from engram.stats.intervals import Values, array
 
 STEEPEST = 1e4  # the largest shape: equal values would have an infinite one
-GRID = 99  # thresholds 0.01, 0.02 … of the largest possible score
 
 
 @dataclass(frozen=True)
@@ -76,28 +75,3 @@ def fit_weibull(values: Values) -> tuple[float, float]:
 
     k = STEEPEST if gap(STEEPEST) <= 0 else float(brentq(gap, 1e-3, STEEPEST, xtol=1e-10))
     return k, float(v.max() * np.exp(k * logs).mean() ** (1 / k))
-
-
-def rejection_threshold(known: Values, share: float = 0.05, largest: float = 1.0) -> float:
-    """The smallest of largest · {0.01 … 0.99} above which at most this share of known scores [n] lies.
-
-    For omega, `largest` is 1; for another score, the largest that was seen. Where more of them lie even above the last
-    of these, as omega's do that is near 1 for many rows, it is the smallest of the scores themselves that does.
-    """
-    scores = array(known).ravel()
-    if not len(scores):
-        raise EngramError("a threshold is found on scores of known rows, and there are none")
-    grid = largest * np.arange(1, GRID + 1) / (GRID + 1)
-    candidates = np.concatenate([grid, np.sort(scores[scores > grid[-1]])])
-    rejected = (scores[:, None] > candidates).mean(0)
-    return float(candidates[np.argmax(rejected <= share)])
-
-
-def fpr_at(pos: Values, neg: Values, tpr: float = 0.95, level: float = 0.95) -> Estimate:
-    """Share of neg at or above the highest threshold that at least the share `tpr` of pos reaches, with its interval.
-
-    With scores of unknown rows as pos and of known ones as neg: the false alarms when 95% of the unknown are found
-    (Hendrycks, Mazeika, Dietterich 2019, arXiv 1812.04606).
-    """
-    passed = tpr_at(-array(neg), -array(pos), 1 - tpr, level)
-    return Estimate(1 - passed.value, 1 - passed.high, 1 - passed.low, passed.n)
