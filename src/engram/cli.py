@@ -166,7 +166,7 @@ def _papers(given: argparse.Namespace, rest: list[str]) -> None:
         print(json.dumps([vars(paper) for paper in found], indent=1))
         return
     for paper in found:
-        print(f"{paper.slug:<34} {paper.wing:<8} {paper.year}  {paper.status:<24} {paper.claim}")
+        print(f"{paper.slug:<36} {paper.wing:<8} {paper.year}  {paper.status:<24} {paper.claim}")
 
 
 def _methods(given: argparse.Namespace, rest: list[str]) -> None:

@@ -129,34 +129,15 @@ def claims(seeds: Iterable[int]) -> list[Claim]:
 Part = tuple[str, Any, float]  # the learner, the configuration, the share hidden
 
 
-def proto(name: Any, hidden: float = 0.0) -> Part:
-    """ProtoNet in a configuration."""
-    return "ProtoNet", name, hidden
+def part(kind: str, name: Any, hidden: float = 0.0) -> Part:
+    """A kind of learner in a configuration."""
+    return kind, name, hidden
 
 
-def tuned(name: Any, hidden: float = 0.0) -> Part:
-    """Five steps on every set."""
-    return "tuning", name, hidden
-
-
-def longer(name: Any, hidden: float = 0.0) -> Part:
-    """As many steps as with replay, without it."""
-    return "tuning, more steps", name, hidden
-
-
-def replayed(name: Any, hidden: float = 0.0) -> Part:
-    """Replay of the last five sets."""
-    return "replay", name, hidden
-
-
-def joint(name: Any, hidden: float = 0.0) -> Part:
-    """As many steps in all on the support sets together."""
-    return "joint", name, hidden
-
-
-def near(name: Any, hidden: float = 0.0) -> Part:
-    """The nearest support image, by pixels."""
-    return "pixels", name, hidden
+proto, near = partial(part, "ProtoNet"), partial(part, "pixels")  # near: the nearest support image
+tuned, replayed = partial(part, "tuning"), partial(part, "replay")  # five steps a set; and with the last five sets
+longer = partial(part, "tuning, more steps")  # as many steps as with replay, without it
+joint = partial(part, "joint")  # as many steps in all, on the support sets together
 
 
 class Laboratory:
