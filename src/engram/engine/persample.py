@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.grad import conv2d_weight
 
 from engram.data.table import Batch
 from engram.models.heads import LinearHead, ValueHead
 
 RowLoss = Callable[[Tensor, Tensor | None], Tensor]  # (logits [B, …], labels) -> loss of every row [B]
-PATCHES = 8  # rows whose patches are laid out at once
-CHUNK = 32  # rows per vmap: larger chunks were slower and larger
+GROUPS = 16  # rows whose gradients of a convolution are computed at once
+CHUNK = 32  # rows per pass through convolutions or vmap: larger chunks were slower and larger
 
 
 def gradients(model: nn.Module, batch: Batch, loss: RowLoss) -> dict[str, Tensor]:
@@ -42,18 +43,34 @@ def power_sums(model: nn.Module, batch: Batch, loss: RowLoss, power: int) -> dic
 
     Layers whose per-row gradient is a product of the layer's input and its output's gradient (linear, convolution,
     normalisation) are done from these two, for all rows at once; for a linear layer on vectors and power 2 even without
-    forming a gradient: (delta²)ᵀ (input²). A model with any other layer goes through `gradients` in chunks of 32.
+    forming a gradient: (delta²)ᵀ (input²). A model with any other layer goes through `gradients`; both that and
+    convolutions take 32 rows at a time.
     """
-    factored = _factored(model, batch, loss, power)
-    if factored is not None:
-        return factored
-    total: dict[str, Tensor] = {}
-    for rows in torch.arange(len(batch)).split(CHUNK):
+    layers = _layers(model) or {}
+    size = CHUNK if any(isinstance(module, nn.Conv2d) for module in layers.values()) else len(batch)
+    return _added(
+        _factored(model, part, loss, power) or _by_row(model, part, loss, power) for part in _parts(batch, size)
+    )
+
+
+def _by_row(model: nn.Module, batch: Batch, loss: RowLoss, power: int) -> dict[str, Tensor]:
+    """As `power_sums`, for any layer."""
+    return _added(
+        {name: g.abs().double().pow_(power).sum(0) for name, g in gradients(model, part, loss).items()}
+        for part in _parts(batch, CHUNK)
+    )
+
+
+def _parts(batch: Batch, size: int) -> Iterator[Batch]:
+    for rows in torch.arange(len(batch)).split(max(1, size)):
         labels = None if batch.labels is None else batch.labels[rows]
-        part = Batch({name: value[rows] for name, value in batch.inputs.items()}, labels, batch.rows[rows])
-        for name, g in gradients(model, part, loss).items():
-            update = g.abs().double().pow_(power).sum(0)
-            total[name] = total[name] + update if name in total else update
+        yield Batch({name: value[rows] for name, value in batch.inputs.items()}, labels, batch.rows[rows])
+
+
+def _added(parts: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
+    total: dict[str, Tensor] = {}
+    for sums in parts:
+        total = {name: total[name] + value if name in total else value for name, value in sums.items()}
     return total
 
 
@@ -139,26 +156,21 @@ def _linear_sums(module: nn.Module, inputs: Tensor, delta: Tensor, power: int) -
 
 
 def _conv_sums(module: nn.Conv2d, inputs: Tensor, delta: Tensor, power: int) -> dict[str, Tensor]:
-    total = torch.zeros_like(module.weight, dtype=torch.float64).flatten(1)
-    for part, grads in zip(inputs.split(PATCHES), delta.split(PATCHES), strict=True):
-        per_row = torch.bmm(grads.flatten(2), _patches(module, part).transpose(1, 2))  # [b, out, in·k·k]
-        total += per_row.abs_().pow_(power).sum(0)
-    bias = delta.sum((2, 3)).abs().double().pow(power).sum(0)
-    return _present(module, total.reshape(module.weight.shape), bias)
-
-
-def _patches(module: nn.Conv2d, inputs: Tensor) -> Tensor:
-    """What every output position looks at, [b, in·k·k, positions]: one copy of a strided view, several times as fast as
-    `unfold`, and in few rows at a time, so that it stays in the cache."""
-    padding = module.padding
-    assert not isinstance(padding, str)  # _known() has seen to it
-    padded = F.pad(inputs, (padding[1], padding[1], padding[0], padding[0]))
-    (kh, kw), (dh, dw), (sh, sw) = module.kernel_size, module.dilation, module.stride
-    height = (padded.shape[2] - dh * (kh - 1) - 1) // sh + 1
-    width = (padded.shape[3] - dw * (kw - 1) - 1) // sw + 1
-    b, c, y, x = padded.stride()
-    shape = (len(inputs), inputs.shape[1], kh, kw, height, width)
-    return padded.as_strided(shape, (b, c, y * dh, x * dw, y * sh, x * sw)).reshape(len(inputs), -1, height * width)
+    """The rows become the groups of one convolution, whose weight then has a gradient for each of them."""
+    total = torch.zeros_like(module.weight, dtype=torch.float64)
+    for part, grads in zip(inputs.split(GROUPS), delta.split(GROUPS), strict=True):
+        rows, shape = len(part), module.weight.shape
+        per_row = conv2d_weight(
+            part.reshape(1, -1, *part.shape[2:]),
+            (rows * shape[0], *shape[1:]),
+            grads.reshape(1, -1, *grads.shape[2:]),
+            module.stride,
+            module.padding,
+            module.dilation,
+            groups=rows,
+        )
+        total += per_row.view(rows, *shape).abs_().pow_(power).sum(0)
+    return _present(module, total, delta.sum((2, 3)).abs().double().pow(power).sum(0))
 
 
 def _norm_sums(module: nn.Module, inputs: Tensor, delta: Tensor, power: int) -> dict[str, Tensor]:
