@@ -123,7 +123,9 @@ def test_a_learner_that_fails_has_a_row_that_says_so(tmp_path: Path, monkeypatch
     plan = Comparison(limit=300, base=5, increment=5, learners=("NMC", "ACU"), seeds=(0,), trials=1)
     rows = Contest(plan, tmp_path / "out").execute()
     assert {row["learner"]: row["error"] for row in rows} == {"keep.NMC": "RuntimeError: it broke", "keep.ACU": ""}
-    assert summarise(rows)["learners"][-1]["failed"] == ["RuntimeError: it broke"]
+    acu, nmc = summarise(rows)["learners"]
+    assert nmc["failed"] == ["RuntimeError: it broke"] and nmc["accuracy matrix"] == []
+    assert acu["accuracy matrix"] == [row[: k + 1] for k, row in enumerate(rows[1]["accuracy matrix"]["class"])]
 
 
 def test_common_settings_reach_those_that_know_them() -> None:

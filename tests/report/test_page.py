@@ -6,13 +6,14 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from engram.cli import main
 from engram.core.finding import Finding
-from engram.report.drawing import range_bar, roc
-from engram.report.page import write_report
+from engram.report.drawing import courses, range_bar, roc
+from engram.report.page import write_leaderboard, write_report
 
 CONFIG = """
 title: Reported <run>
@@ -69,6 +70,19 @@ def test_drawings_hold_all_values() -> None:
     assert range_bar(finding).count('class="oracle"') == 2
     assert "polyline" in roc(finding)
     assert roc(Finding("accuracy", 0.7, 20)) == ""
+
+
+def test_learners_are_drawn_over_the_tasks(tmp_path: Path) -> None:
+    def entry(name: str, matrix: list[list[float]]) -> dict[str, Any]:
+        failed = [] if matrix else ["it broke"]
+        return {"learner": name, "measures": {}, "failed": failed, "setting": {}, "accuracy matrix": matrix}
+
+    entries = [entry("keep.A", [[1.0], [0.5, 0.75]]), entry("keep.B", [[0.5], [0.5, 0.5]]), entry("keep.C", [])]
+    mine = [re.search('class="mine" points="([^"]*)"', drawing) for drawing in courses(entries)]
+    assert [found and found.group(1) for found in mine] == ["8.0,8.0 172.0,42.5", "8.0,54.0 172.0,54.0", ""]
+    page = write_leaderboard(tmp_path / "page.html", {"learners": entries}, intro="").read_text()
+    assert page.count("<title>task 2 after 2: 0.750</title>") == 1
+    assert page.count("<figcaption>") == 2 and "it broke" in page
 
 
 @pytest.mark.browser

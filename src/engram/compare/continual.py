@@ -260,9 +260,24 @@ def summarise(rows: Sequence[Row]) -> dict[str, Any]:
         fine = [row for row in mine if not row["error"]]
         measures = {key: spread([row[key] for row in fine]) for key in MEASURES}
         failed = sorted({row["error"] for row in mine if row["error"]})
-        found.append({"learner": name, "measures": measures, "failed": failed, "setting": mine[0]["setting"]})
+        found.append(
+            {
+                "learner": name,
+                "measures": measures,
+                "failed": failed,
+                "setting": mine[0]["setting"],
+                "accuracy matrix": _mean_matrix([row["accuracy matrix"]["class"] for row in fine]),
+            }
+        )
     found.sort(key=lambda entry: -(entry["measures"]["incremental accuracy"] or [-np.inf])[0])
     return {"format": FORMAT, "learners": found}
+
+
+def _mean_matrix(matrices: Sequence[list[list[float]]]) -> list[list[float]]:
+    """Row k: accuracy on every task so far after the k-th, mean over class orders."""
+    if not matrices:
+        return []
+    return [row[: k + 1].tolist() for k, row in enumerate(np.mean(matrices, axis=0))]
 
 
 def table_rows(summary: Mapping[str, Any]) -> Iterator[str]:

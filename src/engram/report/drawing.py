@@ -60,6 +60,34 @@ def _label(finding: Finding) -> str:
     return f"{finding.value:.3f}{oracles}"
 
 
+def courses(entries: Sequence[Mapping[str, Any]]) -> list[Markup]:
+    """For each learner its mean accuracy on all tasks so far, over the tasks, before those of all learners in grey."""
+    lines = []
+    for entry in entries:
+        means = [sum(row) / len(row) for row in entry["accuracy matrix"]]
+        step = 164 / max(1, len(means) - 1)
+        lines.append(" ".join(f"{8 + step * k:.1f},{100 - 92 * mean:.1f}" for k, mean in enumerate(means)))
+    grey = "".join(f'<polyline points="{points}"/>' for points in lines)
+    frame = '<rect x="8" y="8" width="164" height="92"/>'
+    drawings = []
+    for k, points in enumerate(lines):
+        others = f'<g class="others" id="others">{frame}{grey}</g>' if not k else '<use href="#others"/>'
+        head = '<svg class="course" viewBox="0 0 180 108" role="img" aria-label="accuracy over tasks">'
+        drawings.append(Markup(f'{head}{others}<polyline class="mine" points="{points}"/></svg>'))
+    return drawings
+
+
+def matrix(values: Sequence[Sequence[float]]) -> Markup:
+    """An accuracy matrix, a square a value: row k after the k-th task, a column a task."""
+    side = max(1, len(values))
+    parts = [f'<svg class="matrix" viewBox="0 0 {side} {side}" role="img" aria-label="accuracy matrix">']
+    for k, row in enumerate(values):
+        for j, value in enumerate(row):
+            parts.append(f'<rect x="{j}" y="{k}" width="1" height="1" fill-opacity="{0.05 + 0.95 * value:.2f}">')
+            parts.append(f"<title>task {j + 1} after {k + 1}: {value:.3f}</title></rect>")
+    return Markup("".join([*parts, "</svg>"]))
+
+
 def plane(entries: Sequence[Mapping[str, Any]], share: str) -> Markup:
     """Courses of forgetters on the plane of utility and forget quality (its logarithm, cut at 1e-10): a line from point
     to point, a dot at the end."""

@@ -85,7 +85,14 @@ def write_leaderboard(path: str | Path, summary: Mapping[str, Any], *, intro: st
         )
     elif "learners" in summary:
         template = _environment().get_template("learners.html")
-        page = template.render(title="Learners side by side", intro=intro, spread=_spread, **summary)
+        page = template.render(
+            title="Learners side by side",
+            intro=intro,
+            spread=_spread,
+            courses=drawing.courses(summary["learners"]),
+            matrix=drawing.matrix,
+            **summary,
+        )
     else:
         kinds = list(dict.fromkeys(kind for entry in summary["methods"] for kind in entry["kinds"]))
         measures = ("forget accuracy", "retain accuracy", "test accuracy", "membership AUC", "gap")
