@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,7 @@ from engram.engine.cache import FeatureCache
 from engram.engine.run import Run
 from engram.files import write_atomic
 from engram.models.resnet import load_cifar_resnet
+from engram.report.page import write_leaderboard
 from engram.stats import continual
 from engram.stats.intervals import mean
 
@@ -119,6 +121,14 @@ def said() -> str:
         word if before != "--data" else "DATA" for before, word in zip(["", *sys.argv[1:]], sys.argv[1:], strict=False)
     ]
     return f"python -m {module} {' '.join(words)}"
+
+
+def leaderboard(out: Path, name: str, summary: Mapping[str, Any], intro: str) -> str:
+    """The leaderboard of a comparison beside the page `out`; a line that points to it."""
+    place = out.parent / "leaderboards" / f"{name}.html"
+    place.parent.mkdir(parents=True, exist_ok=True)
+    write_leaderboard(place, summary, intro=intro)
+    return f"All measures, with drawings: [leaderboard](leaderboards/{name}.html)."
 
 
 def write(path: Path, text: str) -> None:

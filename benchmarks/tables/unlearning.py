@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.tables.common import arguments, page, said, write
+from benchmarks.tables.common import arguments, leaderboard, page, said, write
 from engram.compare.unlearning import KINDS, Comparison, Contest, summarise
 from engram.engine.progress import Terminal
 
@@ -45,8 +45,10 @@ def main() -> None:
     )
     out = given.cache / "unlearning"
     summary = summarise(Contest(plan, out, Terminal()).execute())
-    body = "\n\n".join([INTRO.format(rows=given.rows), _overall(summary["methods"]), *map_kinds(summary["methods"])])
-    write(given.out, page("Forgetters side by side", body, said()))
+    intro = f"Fashion-MNIST, {given.rows:,} training rows, an MLP of 128, seeds {plan.seeds}"
+    board = leaderboard(given.out, "unlearning", summary, intro)
+    body = [INTRO.format(rows=given.rows), board, _overall(summary["methods"]), *map_kinds(summary["methods"])]
+    write(given.out, page("Forgetters side by side", "\n\n".join(body), said()))
     ranking = json.loads((out / "ranking.json").read_text())
     print(json.dumps({**ranking, "data": "Fashion-MNIST", "command": said()}, indent=1))
 

@@ -105,14 +105,14 @@ def test_a_method_that_fails_has_a_row_that_says_so(tmp_path: Path, monkeypatch:
     from engram.forget.finetune import Finetune
 
     def broken(*_: Any) -> None:
-        raise RuntimeError("it broke")
+        raise TypeError("it broke")
 
     monkeypatch.setattr(Finetune, "forget", broken)
     plan = Comparison(limit=300, epochs=1, methods=("Retrain", "Finetune"), requests=("class",), seeds=(0,), trials=1)
     rows = Contest(plan, tmp_path / "out").execute()
     errors = {row["method"]: row["error"] for row in rows if not row["tuning"]}
-    assert errors == {"forget.Retrain": "", "forget.Finetune": "RuntimeError: it broke"}
-    assert summarise(rows)["methods"][-1]["failed"] == ["RuntimeError: it broke"]
+    assert errors == {"forget.Retrain": "", "forget.Finetune": "TypeError: it broke"}
+    assert summarise(rows)["methods"][-1]["failed"] == ["TypeError: it broke"]
 
 
 def test_a_method_sees_no_more_than_it_declares(done: tuple[Path, Rows]) -> None:
@@ -139,6 +139,7 @@ def test_what_cannot_be_compared_is_refused(done: tuple[Path, Rows], tmp_path: P
 def test_trials_begin_with_the_methods_own_setting() -> None:
     assert spaces("forget.Retrain") == []
     assert spaces("forget.SSD")[0] == {} and spaces("forget.SSD")[1] == {"alpha": "auto"}
+    assert [s.get("strength") for s in spaces("forget.ECO")][:2] == [None, 1.0]
     assert [s.get("optimizer") for s in spaces("forget.SCRUB")][:3] == [None, 0.1, 10.0]
 
 

@@ -57,6 +57,7 @@ def test_a_backbone_that_was_handed_over_comes_back_with_the_model(tmp_path: Pat
     learner = learnt(NMC(backbone=backbone), digits().tasks[:1], Run())
     save_learner(learner, tmp_path / "learner", tasks=1)
     again, _ = load_learner(tmp_path / "learner")
+    assert isinstance(again, NMC) and again.backbone is None  # its weights stand in the model
     for one in (learner, again):
         one.learn(digits().tasks[1], Run())
     assert torch.equal(predict(again.model, digits().test), predict(learner.model, digits().test))

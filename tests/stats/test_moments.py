@@ -75,6 +75,7 @@ def test_a_class_and_a_state_without_rows_are_exactly_zero(scatter: Any) -> None
         (X[:1], [-1], "negative"),
         (X[:2], [0], "not \\[n, 3\\]"),
         (X[:1, :2], [0], "not \\[n, 3\\]"),
+        (torch.tensor([[1.0, float("nan"), 0.0]]), [0], "NaN or infinite"),
     ],
 )
 def test_what_cannot_be_removed_leaves_the_state_untouched(x: Tensor, y: list[int], message: str) -> None:

@@ -37,7 +37,7 @@ from engram.engine.predict import accuracy, predict
 from engram.engine.progress import Progress
 from engram.engine.recipe import Recipe
 from engram.engine.run import Run
-from engram.errors import EngramError, unknown
+from engram.errors import unknown
 from engram.files import write_atomic
 from engram.stats.membership import threshold_attack
 from engram.stats.seeds import derive, generator
@@ -46,11 +46,12 @@ KINDS = ("random", "class", "subclass")
 TABLE, RANKING = "unlearning.parquet", "ranking.json"
 NOTHING = "nothing"  # the model as it was: what a request costs whoever does nothing about it
 CALIBRATION = ("forget.Retrain", NOTHING)  # no trials: nothing to set
-SPACE: dict[str, tuple[Any, ...]] = {
-    "optimizer": (1.0, 0.1, 10.0, 0.3, 3.0, 0.03, 30.0),  # times the learning rate of the method's own
-    "alpha": (2.0, "auto", 1.5, 3.0, 4.0, 5.0, 6.0, 8.0, 1.2),
-    "strength": (1.0, 0.3, 0.1, 3.0),
-}  # values to try, by the name of a setting; the first one that a method has
+RATES = ("optimizer", (0.1, 10.0, 0.3, 3.0, 0.03, 30.0))  # times the learning rate of the method's own
+SPACE: dict[str, tuple[str, tuple[Any, ...]]] = {
+    "forget.SSD": ("alpha", ("auto", 1.5, 3.0, 4.0, 5.0, 6.0, 8.0, 1.2)),
+    "forget.Influence": ("strength", (0.3, 0.1, 3.0)),
+    "forget.ECO": ("strength", (1.0, 10.0, 100.0)),
+}  # what is tried besides a method's own setting, if not its learning rate
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,9 @@ class Cell:
 
 
 class Contest(Work):
-    """A comparison of forgetters in a directory; it can be interrupted and goes on."""
+    """A comparison of forgetters in a directory; it can be interrupted and goes on, with more methods too."""
+
+    free = (*Work.free, "methods")
 
     def __init__(self, plan: Comparison, out: str | Path, progress: Progress | None = None) -> None:
         super().__init__(plan, out, progress)
@@ -222,7 +225,7 @@ class Contest(Work):
             method = configured(cell.method, setting)
             row["needed"] = sorted(map(str, _needed(method, request)))
             new = method.forget(model, _only(request, _needed(method, request)), run)
-        except (EngramError, RuntimeError, ValueError, ArithmeticError) as error:
+        except Exception as error:  # of a method that may be anybody's: its row says so, the others go on
             return {**row, "error": f"{type(error).__name__}: {error}".splitlines()[0], **dict.fromkeys(MEASURES)}
         seconds = time.process_time() - start
         values, means = self.measures(new, request), self.usual(cell.kind, cell.tuning)
@@ -261,12 +264,10 @@ def spaces(name: str) -> list[dict[str, Any]]:
     """The settings to try for a method, its own first; none where there is nothing to set."""
     if name in CALIBRATION:
         return []
-    settable = {f.name for f in fields(type(make(name)))}
-    key = next((key for key in ("optimizer", "alpha", "strength") if key in settable and _numeric(name, key)), None)
-    if key is None:
+    if name not in SPACE and "optimizer" not in {f.name for f in fields(type(make(name)))}:
         return [{}]
-    others: list[dict[str, Any]] = [{key: value} for value in SPACE[key] if value != _own(name, key)]
-    return [{}, *others]
+    key, others = SPACE.get(name, RATES)
+    return [{}, *({key: value} for value in others)]
 
 
 def configured(name: str, setting: Mapping[str, Any]) -> Forgetter:
@@ -350,14 +351,6 @@ def _only(request: Request, wanted: frozenset[Need]) -> Request:
 
 def _settings(method: Forgetter) -> dict[str, Any]:
     return {f.name: getattr(method, f.name) for f in fields(method) if f.init}
-
-
-def _numeric(name: str, key: str) -> bool:
-    return key == "optimizer" or isinstance(_own(name, key), float)
-
-
-def _own(name: str, key: str) -> Any:
-    return 1.0 if key == "optimizer" else getattr(make(name), key)
 
 
 def _full_name(name: str) -> str:

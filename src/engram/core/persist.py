@@ -75,5 +75,5 @@ def is_learner(directory: str | os.PathLike[str]) -> bool:
 
 def _portable(described: dict[str, Any]) -> dict[str, Any]:
     """Settings as they can be made again: a module that was handed over is in the saved model already."""
-    packed = {key for key, value in described.items() if isinstance(value, dict) and "aliases" in value}
+    packed = {key for key, value in described.items() if isinstance(value, dict) and {"format", "class"} <= set(value)}
     return {key: value for key, value in described.items() if key not in packed}

@@ -31,7 +31,10 @@ def linear_svc(x: Tensor, y: Tensor, *, C: float = 1.0, tol: float = 1e-4) -> Li
 
 
 def logistic(x: Tensor, y: Tensor, *, C: float = 1.0, tol: float = 1e-6) -> Linear:
-    """Softmax regression: cross-entropy summed over rows times C, L2 penalty on W, solved by L-BFGS."""
+    """Softmax regression: cross-entropy summed over rows times C, L2 penalty on W, solved by L-BFGS.
+
+    With two classes it is scikit-learn's binary form, in which the penalty weighs twice as much.
+    """
     return _fitted(LogisticRegression(C=C, tol=tol, max_iter=1000), x, y, 0.5)
 
 

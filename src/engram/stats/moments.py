@@ -81,6 +81,8 @@ class ClassMeans:
             raise EngramError(f"rows and classes are {tuple(x.shape)} and {tuple(y.shape)}, not [n, {d}] and [n]")
         if len(y) and int(y.min()) < 0:
             raise EngramError("a class id is negative; class ids count from 0")
+        if not bool(torch.isfinite(x).all()):
+            raise EngramError("rows hold NaN or infinite values, of which there is no mean")
         return x.detach().to(self.sums), y.to(self.counts)
 
     def _grow(self, classes: int) -> None:
