@@ -28,6 +28,7 @@ from engram.forget.gradient_difference import GradientDifference
 from engram.keep.finetune import Finetune
 from engram.keep.nmc import NMC
 from engram.testing import Check, Material, check_row, digits
+from engram.testing.learners import go_on
 
 MLP = {"name": "MLP", "hidden": [16]}
 
@@ -261,7 +262,7 @@ def test_a_planted_fault_is_noticed(culprit: Any, check: Check, sentence: str) -
 @pytest.mark.parametrize("learner", [Short(network=MLP), SavesTooLittle(network=MLP)], ids=lambda m: type(m).__name__)
 def test_state_that_is_not_saved_is_noticed(learner: Short) -> None:
     first, second = digits().tasks
-    found = testing._go_on(fork(testing.learnt(learner, [first], Run())), second)
+    found = go_on(fork(testing.learnt(learner, [first], Run())), second)
     if isinstance(learner, SavesTooLittle):
         with pytest.raises(AssertionError, match="became another"):
             testing.check_round_trip(learner, digits(), found)
