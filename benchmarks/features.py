@@ -4,7 +4,8 @@ python -m benchmarks.features --data DATA --encoder DIRECTORY --out OUT
 
 Images go through the ResNet-56 trained on CIFAR-10 (its 64 pooled features), sentences through a transformers text
 encoder (mean-pooled, unit length). DATA holds fashion_mnist, cifar100, clinc150 and weights; of each class the first
-`--rows` training rows and `--tests` test rows are taken, in the order of the files.
+`--rows` training rows and `--tests` test rows are taken, in the order of the files. names.safetensors has the vector of
+every class name, by the same text encoder.
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from safetensors.torch import save_file
 
 from benchmarks.tables.common import as_cifar, backbone, images
+from engram.data.readers import read
 from engram.data.table import Table
 from engram.engine.predict import features
 from engram.models.text import embed
@@ -47,6 +50,7 @@ def main() -> None:
         table = first(sentences(given.data / "clinc150" / f"{part}.jsonl"), count)
         found = embed(list(table.extra["text"]), given.encoder)
         write(replace(table, inputs={"values": found}), given.out / f"clinc150-{part}.parquet")
+    write_names(given.out, given.encoder)
 
 
 def sentences(file: Path) -> Table:
@@ -77,6 +81,15 @@ def write(table: Table, file: Path) -> None:
     columns = {"id": list(table.ids), **{f"f{k}": values[:, k] for k in range(values.shape[1])}}
     pq.write_table(pa.table({**columns, "label": [table.names.get(c, str(c)) for c in table.labels.tolist()]}), file)
     print(f"{file}: {len(table)} rows, {values.shape[1]} features", flush=True)
+
+
+def write_names(out: Path, encoder: Path) -> None:
+    """The vectors of all class names of the files, by name; an underscore is read as a space."""
+    names = sorted({name for file in out.glob("*-train.parquet") for name in read(file).names.values()})
+    vectors = embed([name.replace("_", " ") for name in names], encoder)
+    file = out / "names.safetensors"
+    save_file(dict(zip(names, map(torch.clone, vectors), strict=True)), file)
+    print(f"{file}: {len(names)} names", flush=True)
 
 
 if __name__ == "__main__":

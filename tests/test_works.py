@@ -49,6 +49,7 @@ from engram.learn.non_instructional import NonInstructional
 from engram.models import concepts, convolved_attention
 from engram.models.guarded_lm import PromptClassifier
 from engram.models.open_variational import Tails
+from engram.protect import bayes_error_noise
 from engram.reproduce import (
     are_we_truly_forgetting,
     bt2,
@@ -68,6 +69,7 @@ from engram.reproduce import (
     non_instructional_finetuning,
     open_world_cl,
     ovor,
+    provably_unlearnable_examples,
     tame,
     ununlearning,
 )
@@ -406,6 +408,17 @@ def hold_of_generated_weights(weight: float, split: Split, monkeypatch: pytest.M
     return dependency_preserving_hypernetworks.measured(learner, sizes.stages(0)[:2]).moved
 
 
+def rise_of_the_bayes_error(weight: float, split: Split, monkeypatch: pytest.MonkeyPatch) -> float:
+    """Rise of the Bayes error of 300 images in features of fresh networks, with the error that they climb so
+    weighted."""
+    original, method = bayes_error_noise.bayes_error, provably_unlearnable_examples.METHOD
+    own = provably_unlearnable_examples.halves(0)[1].take(range(300))
+    with monkeypatch.context() as patch:
+        patch.setattr(bayes_error_noise, "bayes_error", lambda *a, **k: weight * original(*a, **k))
+        protected = method.protect(own)
+    return method.estimate(protected) - method.estimate(own)
+
+
 OWN_TERMS: dict[str, tuple[Callable[[float, Split, pytest.MonkeyPatch], float], tuple[float, float]]] = {
     "nmc-baseline": (subtraction_of_means, (0.0, 1e-8)),
     "fetril": (translation, (0.0, 1e-5)),
@@ -438,6 +451,7 @@ OWN_TERMS: dict[str, tuple[Callable[[float, Split, pytest.MonkeyPatch], float], 
     "lifelong-framework": (pull_to_the_target, (0.0, 1e-4)),
     "tame": (jump_of_the_loss, (0.75, 0.95)),
     "dependency-preserving-hypernetworks": (hold_of_generated_weights, (0.0, 0.25)),
+    "provably-unlearnable-examples": (rise_of_the_bayes_error, (0.1, 0.9)),
 }
 
 

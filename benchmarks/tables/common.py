@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -115,12 +115,18 @@ def machine() -> str:
 
 
 def said() -> str:
-    """The command as it was given, with the data's place left open."""
+    """The command as it was given, with the places of data and cache left open."""
     module = (sys.modules["__main__"].__spec__ or argparse.Namespace(name="")).name
-    words = [
-        word if before != "--data" else "DATA" for before, word in zip(["", *sys.argv[1:]], sys.argv[1:], strict=False)
-    ]
+    left_open = {"--data": "DATA", "--cache": "CACHE"}
+    words = [left_open.get(before, word) for before, word in zip(["", *sys.argv[1:]], sys.argv[1:], strict=False)]
     return f"python -m {module} {' '.join(words)}"
+
+
+def by_hand(file: Path, made: Collection[str]) -> dict[str, str]:
+    """The sections of a page that is there which no table makes, by title."""
+    text = file.read_text(encoding="utf-8") if file.exists() else ""
+    sections = {part.partition("\n")[0]: f"## {part.strip()}" for part in text.split("\n## ")[1:]}
+    return {title: section for title, section in sections.items() if title not in made}
 
 
 def leaderboard(out: Path, name: str, summary: Mapping[str, Any], intro: str) -> str:

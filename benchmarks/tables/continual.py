@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.tables.common import arguments, page, said, write
+from benchmarks.tables.common import arguments, by_hand, leaderboard, page, said, write
 from engram.compare.continual import Comparison, Contest, summarise
 from engram.engine.progress import Terminal
 
@@ -19,10 +19,12 @@ STREAMS = {  # title: (files, classes of the first task, of each further one)
     "CLINC150, (15, 15, 10)": ("clinc150", 15, 15),
 }
 SEARCHING = {"trials": 2, "batch_size": 64}  # learners that search for their own settings in every task
-OWN = {
+OWN: dict[str, dict[str, Any]] = {
     "keep.TAME": {"window": 10, "pruning_buffer": 500},  # a task has some dozens of batches here
     **{f"keep.{name}": SEARCHING for name in ("Independent", "Previous", "Dynamic")},
+    "keep.VirtualOutliers": {"host": {"name": "keep.Finetune"}, "offsets": 100},
 }
+NAMES = "names.safetensors"  # vectors of class names, by benchmarks.features
 MEASURES = {
     "incremental accuracy": "incremental",
     "final accuracy": "final",
@@ -36,9 +38,24 @@ trains an MLP with one hidden layer of 128 on them, {epochs} epochs a task. Clas
 1995; mean ± half of the 95 % t interval over them. Every learner tried at most {trials} learning rates within
 {budget:.0f} seconds on a class order of its own; the best was frozen. Accuracies are task means among all
 classes seen. kB: of the model and all state after the last task. GFLOP: while the second task is learnt.
-Methods that need images, names of classes or other means are not here. A few have settings of their own, which the
-module lists (`OWN`): TAME a window of 10 losses, since a task has some dozens of batches; Independent, Previous and
-Dynamic two trials a task."""
+Methods that need images are in [prompts](prompts.md). A few have settings of their own, which the module
+lists (`OWN`, `named`): TAME a window of 10 losses, since a task has some dozens of batches; Independent,
+Previous and Dynamic two trials a task; VirtualOutliers fine-tuning for its host, and 100 offsets at each point
+of the border. LingoCL's vectors are the class names through MiniLM (384), its host is LwF, or Replay where it
+says `-replay`; `-random` is the control, random directions of the same width in place of names."""
+SHOWS = "What it shows, method by method"  # by hand; a page that is made anew keeps it
+
+
+def named(data: Path) -> dict[str, dict[str, Any]]:
+    """LingoCL on two hosts, each with vectors of names and with random ones."""
+    names, random = {"encoder": str(data / NAMES)}, {"encoder": "random", "width": 384}
+    replay = {"name": "keep.LingoCL", "host": {"name": "keep.Replay"}}
+    return {
+        "keep.LingoCL": names,
+        "keep.LingoCL-random": {"name": "keep.LingoCL", **random},
+        "keep.LingoCL-replay": {**replay, **names},
+        "keep.LingoCL-replay-random": {**replay, **random},
+    }
 
 
 def main() -> None:
@@ -52,7 +69,11 @@ def main() -> None:
     parser.add_argument("--learners", nargs="+", default=[])
     parser.add_argument("--streams", nargs="+", type=int, help="do these now, by number, and write no page")
     given = parser.parse_args()
-    parts = [INTRO.format(epochs=given.epochs, trials=given.trials, budget=given.budget)]
+    hand = by_hand(given.out, STREAMS)
+    parts = [
+        INTRO.format(epochs=given.epochs, trials=given.trials, budget=given.budget),
+        *filter(None, [hand.pop(SHOWS, "")]),
+    ]
     for number, (title, (name, base, increment)) in enumerate(STREAMS.items()):
         if given.streams and number not in given.streams:
             continue
@@ -68,15 +89,20 @@ def main() -> None:
                 "buffer": given.buffer,
                 "classes_total": 150,
             },
-            own=OWN,
+            own={**OWN, **named(given.data)},
             trials=given.trials,
             budget=given.budget,
         )
-        out = given.cache / "continual" / f"{name}-{base}-{increment}"
-        parts.append(f"## {title}\n\n{table(summarise(Contest(plan, out, Terminal()).execute()))}")
+        place = f"{name}-{base}-{increment}"
+        contest = Contest(plan, given.cache / "continual" / place, Terminal())
+        summary = summarise(contest.execute())
+        board = leaderboard(
+            given.out, place, summary, f"{title}, {len(contest.train):,} training rows, frozen features"
+        )
+        parts.append(f"## {title}\n\n{table(summary)}\n\n{board}")
         print(title, "done", flush=True)
         if not given.streams:
-            write(Path(given.out), page("Learners side by side", "\n\n".join(parts), said()))
+            write(given.out, page("Learners side by side", "\n\n".join([*parts, *hand.values()]), said()))
 
 
 def table(summary: Mapping[str, Any]) -> str:

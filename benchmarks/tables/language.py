@@ -8,10 +8,11 @@ from typing import Any
 import torch
 import yaml
 
-from benchmarks.tables.common import arguments, page, said, write
+from benchmarks.tables.common import arguments, by_hand, leaderboard, page, said, write
 from engram.compare.language import Comparison, Contest, summarise
 from engram.engine.progress import Terminal
 
+CHOSEN = "Settings that were chosen"
 MEASURES = ("utility", "forget probability", "forget ROUGE-L", "retain probability", "retain ROUGE-L")
 INTRO = """TOFU: {authors} authors, {pairs} pairs, learnt by a GPT-2 of {layers} layers, {width} wide, with a byte-pair
 tokenizer of {vocabulary:,} tokens, trained from nothing for {epochs} epochs. Before anything is forgotten
@@ -22,7 +23,9 @@ was trained without them (geometric mean over seeds, and how many of the seeds p
 mean of probability, ROUGE-L and truth ratio on retained pairs, for a model that was trained from nothing knows
 neither real authors nor world facts. **A model in ruins can have a high forget quality too: read it beside the
 utility.** Mean ± half of the 95 % t interval over three seeds. Every method tried {trials} settings on {tuned};
-all train {last} epochs (AdamW, linear decay, batches of {batch} forget pairs)."""
+all that train do so for {last} epochs (AdamW, linear decay, batches of {batch} forget pairs)."""
+GUARD = """**{names} erase{s} nothing from the weights.** A guard: figures are those of the model
+that is asked through it; whoever holds the weights behind it gets the row of Nothing."""
 
 
 def main() -> None:
@@ -54,13 +57,25 @@ def main() -> None:
         trials=plan.trials,
         last=plan.points[-1],
     )
-    parts = [intro, *(_share(summary, share, rows) for share in summary["shares"]), _settings(summary)]
+    tables = {_title(share): _share(summary, share, rows) for share in summary["shares"]} | {CHOSEN: _settings(summary)}
+    hand = by_hand(given.out, tables)
+    found = {**hand, **{title: f"## {title}\n\n{text}" for title, text in tables.items()}}
+    board = leaderboard(given.out, "language", summary, f"TOFU, {contest.authors} authors, seeds {plan.seeds}")
+    parts = [intro, *_guards(summary), board, *found.values()]
     write(given.out, page("Forgetters of language models side by side", "\n\n".join(parts), said()))
+
+
+def _title(share: str) -> str:
+    return f"{float(share):.0%} of the authors forgotten"
+
+
+def _guards(summary: Mapping[str, Any]) -> list[str]:
+    names = [entry["method"] for entry in summary["forgetters"] if entry["guard"]]
+    return [GUARD.format(names=" and ".join(names), s="" if len(names) > 1 else "s")] if names else []
 
 
 def _share(summary: Mapping[str, Any], share: str, rows: list[dict[str, Any]]) -> str:
     lines = [
-        f"## {float(share):.0%} of the authors forgotten\n",
         f"| method | forget quality (seeds over 0.05) | {' | '.join(MEASURES)} |",
         f"|---|---:|{'---:|' * len(MEASURES)}",
     ]
@@ -82,7 +97,7 @@ def _quality(rows: list[dict[str, Any]], method: str, share: float) -> str:
 
 
 def _settings(summary: Mapping[str, Any]) -> str:
-    lines = ["## Settings that were chosen\n"]
+    lines = []
     for entry in summary["forgetters"]:
         setting = ", ".join(f"{key} {value}" for key, value in entry["setting"].items() if key != "name")
         lines.append(

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.tables.common import arguments, leaderboard, page, said, write
+from benchmarks.tables.common import arguments, by_hand, leaderboard, page, said, write
 from engram.compare.unlearning import KINDS, Comparison, Contest, summarise
 from engram.engine.progress import Terminal
 
@@ -47,15 +47,18 @@ def main() -> None:
     summary = summarise(Contest(plan, out, Terminal()).execute())
     intro = f"Fashion-MNIST, {given.rows:,} training rows, an MLP of 128, seeds {plan.seeds}"
     board = leaderboard(given.out, "unlearning", summary, intro)
-    body = [INTRO.format(rows=given.rows), board, _overall(summary["methods"]), *map_kinds(summary["methods"])]
+    kinds = map_kinds(summary["methods"])
+    hand = by_hand(given.out, kinds)
+    body = [INTRO.format(rows=given.rows), board, _overall(summary["methods"]), *hand.values(), *kinds.values()]
     write(given.out, page("Forgetters side by side", "\n\n".join(body), said()))
     ranking = json.loads((out / "ranking.json").read_text())
     print(json.dumps({**ranking, "data": "Fashion-MNIST", "command": said()}, indent=1))
 
 
-def map_kinds(methods: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A section for every kind of request."""
-    return [f"## {kind.capitalize()} requests\n\n{_of_kind(methods, kind)}" for kind in KINDS]
+def map_kinds(methods: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """A section for every kind of request, by title."""
+    titles = {kind: f"{kind.capitalize()} requests" for kind in KINDS}
+    return {title: f"## {title}\n\n{_of_kind(methods, kind)}" for kind, title in titles.items()}
 
 
 def _overall(methods: Sequence[Mapping[str, Any]]) -> str:
@@ -65,7 +68,7 @@ def _overall(methods: Sequence[Mapping[str, Any]]) -> str:
     ]
     for entry in methods:
         gaps = [_spread((entry["kinds"].get(kind) or {}).get("gap")) for kind in KINDS]
-        failed = f" (failed: {entry['failed'][0]})" if entry["failed"] else ""
+        failed = f" (failed: {entry['failed'][0]})" if entry["failed"] else " (a guard)" * entry["guard"]
         cost = f"{entry['cost'][0]:.2f}×" if entry["cost"] else "–"
         needed = ", ".join(entry["needed"])
         lines.append(

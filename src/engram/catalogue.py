@@ -742,6 +742,8 @@ PAPERS: tuple[Paper, ...] = (
         "protect",
         "bounded noise that raises the Bayes error makes data hard to learn from, also when mixed with clean data",
         ("protect.BayesErrorNoise",),
+        status="works",
+        holds=6,
     ),
     Paper(
         "nv-embed",

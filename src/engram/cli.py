@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"engram: {error.strerror or error}: {error.filename or ''}".rstrip(": "), file=sys.stderr)
         return EXIT_WRONG
     except KeyboardInterrupt:
-        print("engram: interrupted; a run goes on with --resume", file=sys.stderr)
+        print("engram: interrupted; --resume goes on with it (compare goes on by itself)", file=sys.stderr)
         return EXIT_INTERRUPTED
 
 
@@ -58,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
         return found
 
     run = command("run", _run, "Run a timeline: learn and forget events with audits between them, and a report.")
-    run.add_argument("config", help="a YAML file, or the name of one that comes with engram: quickstart")
+    run.add_argument("config", help="a YAML file, or the name of one that comes with engram: quickstart or facts")
     run.add_argument("--out", default=None, metavar="DIR", help="the run directory (default: runs/NAME)")
     run.add_argument("--resume", action="store_true", help="go on with a run that was interrupted")
     run.add_argument("--seed", type=int, help="another seed than the config's")

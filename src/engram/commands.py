@@ -22,6 +22,7 @@ def add(command: Command) -> None:
     forget.add_argument("--model", required=True, metavar="DIR", help="a saved model, or a learner's directory")
     _request(forget)
     forget.add_argument("--method", default="auto", help='a forgetter, as in "ssd" (see engram methods); default: auto')
+    forget.add_argument("--ranking", metavar="FILE", help="the order of auto, as engram compare unlearning wrote it")
     forget.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of the method")
     forget.add_argument("--out", required=True, metavar="DIR", help="where the new model goes")
     forget.add_argument("--resume", action="store_true", help="go on with a request that was interrupted")
@@ -111,11 +112,12 @@ def _forget(given: argparse.Namespace, rest: list[str]) -> None:
         _columns(given),
         recipe=_path(given.recipe),
         statistics=_path(given.statistics),
+        ranking=_path(given.ranking),
         ignore_missing=given.ignore_missing,
         device=given.device,
         seed=given.seed,
     )
-    choice = desk.choose(_method(given.method, given.set))
+    choice = desk.choose(_method(given.method, given.set, given.ranking))
     if given.held_out is not None and not given.force:
         desk.is_known(given.held_out)
     if not (given.quiet or given.json):
@@ -128,6 +130,9 @@ def _forget(given: argparse.Namespace, rest: list[str]) -> None:
         return
     kind = "exact" if done["exact"] else "approximate: engram audit can say how near it came to retraining"
     print(f"{done['request']['records']} records forgotten by {choice.name} ({kind}); the model stands in {given.out}")
+    if done.get("lost"):
+        shares = ", ".join(f"{name} {share:.0%}" for name, share in done["lost"].items())
+        print(f"what the classes that stay lost with it, of all that was stored of each: {shares}")
 
 
 def _audit(given: argparse.Namespace, rest: list[str]) -> int:
@@ -334,11 +339,13 @@ def _what(given: argparse.Namespace) -> Any:
     return What(_path(given.forget), tuple(given.classes), given.where, given.concept)
 
 
-def _method(name: str, settings: list[str]) -> Any:
+def _method(name: str, settings: list[str], ranking: str | None = None) -> Any:
     """The name, or {"name": …, setting: value}; values are read as YAML."""
     import yaml
 
     pairs = dict(setting.partition("=")[::2] for setting in settings)
+    if name != "auto" and ranking is not None:
+        raise EngramError("--ranking goes with --method auto, not with one of your own choice")
     if name == "auto" and pairs:
         raise EngramError("--set goes with a --method of your own choice, not with auto")
     values = {key: yaml.safe_load(value) for key, value in pairs.items()}

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from engram.commands import Command, progress_of
+from engram.errors import EngramError
 
 
 def add(command: Command) -> None:
@@ -22,7 +23,9 @@ def add(command: Command) -> None:
     compare.add_argument("--network", default="MLP", help='a name, or YAML as in "{name: ConvNet, widths: [16, 32]}"')
     compare.add_argument("--epochs", type=int, help="of training; default: 20, language: 22")
     compare.add_argument("--methods", nargs="+", default=[], metavar="METHOD", help="default: all that can be used")
-    compare.add_argument("--requests", nargs="+", default=["random", "class", "subclass"], metavar="KIND")
+    compare.add_argument(
+        "--requests", nargs="+", default=["random", "class", "subclass"], metavar="KIND", help="of these three"
+    )
     compare.add_argument("--stream", nargs=2, type=int, default=[2, 2], metavar=("BASE", "INCREMENT"), help="classes")
     compare.add_argument("--model", metavar="NAME", help="language: a directory or hub name to start from")
     compare.add_argument(
@@ -38,7 +41,7 @@ def add(command: Command) -> None:
     compare.add_argument("--jobs", type=int, default=1, help="processes of one thread each")
     compare.add_argument("--device", default="cpu", help="language: cpu, cuda, …")
     compare.add_argument("--estimate", action="store_true", help="say what it will take, and stop")
-    compare.add_argument("--out", required=True, metavar="DIR", help="goes on where there is one")
+    compare.add_argument("--out", metavar="DIR", help="goes on where there is one; --estimate needs none")
 
 
 def _count(text: str) -> int | None:
@@ -47,12 +50,21 @@ def _count(text: str) -> int | None:
     return None if text == "all" else int(text)
 
 
+def _apart(words: list[str]) -> list[str]:
+    """Words that may also have been given in one, with commas between them."""
+    return [word for words_ in words for word in words_.split(",") if word]
+
+
 def _compare(given: argparse.Namespace, rest: list[str]) -> None:
     from engram.report import page
 
     shared = {"trials": given.trials, "budget": given.budget, "jobs": given.jobs, "epochs": given.epochs}
     shared = {key: value for key, value in shared.items() if value is not None}
     shared |= {"seeds": tuple(given.seeds)} if given.seeds else {}
+    if given.out is None and not given.estimate:
+        raise EngramError("say where the comparison shall stand, with --out DIR")
+    given.out = given.out or "."  # an estimate writes nothing
+    given.methods, given.requests = (_apart(words) for words in (given.methods, given.requests))
     contest = CONTESTS[given.what](given, shared)
     if given.estimate or not (given.quiet or given.json):
         print(contest.estimate(), flush=True)

@@ -17,6 +17,7 @@ from engram.core.probe import Subject
 from engram.data.table import Table
 from engram.engine.run import Run
 from engram.errors import EngramError
+from engram.stats.divergence import histogram_kl
 
 PROBE = KLoM(models=12, bins=6)
 MEAN, MOST = "mean KLoM on {} rows", "95th percentile of KLoM on {} rows"
@@ -44,6 +45,20 @@ def test_direction_number_and_floor_are_told(memorised: Subject, run: Run) -> No
         assert (told["models of each kind"], told["bins"], told["ceiling"]) == (12, 6, 11.51)
         assert told["floor, retrained against retrained models"] == pytest.approx(fmean(finding.reference), abs=1e-4)
         assert fmean(finding.reference) > 0
+
+
+def test_the_published_direction_is_taken_of_the_retrained_models(memorised: Subject, run: Run) -> None:
+    turned = KLoM(models=12, bins=6, first="retrained")
+    there, back = (found(probe, memorised, run)[MEAN.format("forget")] for probe in (PROBE, turned))
+    assert back.protocol["direction"] == "KL(retrained || unlearned)" and back.value != there.value
+    table = memorised.rows["forget"]
+    unlearned, retrained = (
+        confidences([one.model for one in memorised.models(role, 12, run)], table, run)
+        for role in ("unlearned", "oracle")
+    )
+    assert back.value == pytest.approx(histogram_kl(retrained, unlearned, bins=6).mean().item())
+    with pytest.raises(EngramError, match="did you mean 'retrained'"):
+        KLoM(first="retraind").check(memorised)
 
 
 def test_equal_populations_have_no_distance(memorised: Subject, run: Run) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
+from math import isfinite, isnan
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from engram.audit.retrain_gap import RetrainGap, tug_of_war
 from engram.core.finding import Finding, Verdict
 from engram.core.probe import Probe, Subject
 from engram.core.request import Request
+from engram.core.verbs import examine
 from engram.data.table import Table
 from engram.engine.optimizer import Optimizer
 from engram.engine.recipe import Recipe
@@ -103,6 +106,57 @@ def test_what_is_not_there_is_named(subject: Subject) -> None:
         Membership().check(Subject(subject.model, rows={"test": subject.rows["test"]}))
 
 
+def test_a_class_that_retrained_models_never_heard_of(split: Split) -> None:
+    """The last class goes, and the recipe names no classes: oracles have no column for it."""
+    train, test = split
+    recipe = Recipe({"name": "MLP", "hidden": [16]}, Optimizer(lr=1e-2), epochs=2)
+    gone, model = train.of_classes([9]), recipe(train, 0)
+    for score in ("loss", "confidence", "entropy"):
+        probes = (Membership(score=score, oracles=2), RetrainGap(oracles=2))
+        made = examine(
+            model, forget=gone, retain=train.without(gone.ids), test=test, classes=(9,), recipe=recipe, probes=probes
+        )
+        assert all(len(f.reference) == 2 for f in made) and all(isfinite(f.value) for f in made)
+
+
+def test_without_test_rows_of_the_class_the_others_are_all_test_rows(subject: Subject, run: Run) -> None:
+    bare = replace(subject, rows={**subject.rows, "test-forget": subject.rows["test"].take([])}, recipe=None)
+    finding = found(Membership(), bare, run)["AUC of the threshold attack"]
+    assert finding.protocol["others"] == len(subject.rows["test"])
+
+
+def test_numbers_and_missing_labels_are_refused_with_a_sentence(subject: Subject, run: Run) -> None:
+    numbers = {name: t.with_labels(torch.arange(len(t))[:, None] / 9) for name, t in subject.rows.items()}
+    bare = {name: t.unlabelled() for name, t in subject.rows.items()}
+
+    def refused(probe: Probe, match: str, rows: dict[str, Table]) -> None:
+        with pytest.raises(EngramError, match=match):
+            probe.examine(replace(subject, rows=rows), run)
+
+    refused(RetrainGap(), "for classifiers, and the labels of the forget rows are numbers", numbers)
+    refused(Membership(score="entropy"), "for classifiers, and the labels of the forget rows are numbers", numbers)
+    refused(Membership(score="confidence"), "use score='loss'", numbers)
+    refused(Membership(score="min-k"), "no numbers", numbers)
+    refused(Membership(), "needs labels, and no forget row has one; score='entropy' does without", bare)
+    refused(RetrainGap(), "needs class labels, and no forget row has one", bare)
+    refused(Representation(), "trains on labelled rows, and none of these .* has a label", bare)
+    without = found(Membership(score="entropy"), replace(subject, rows=bare, recipe=None), run)
+    assert without["AUC of the threshold attack"].n == len(bare["test-forget"])
+    retain, forget = bare["retain"], bare["forget"]
+    assert examine(subject.model, forget=forget, retain=retain, test=bare["test"], recipe=RECIPE) == []
+
+
+def test_constant_features_have_no_cka_and_it_says_so(subject: Subject, run: Run) -> None:
+    dead = copy.deepcopy(subject.model)
+    with torch.no_grad():
+        for parameter in dead.parameters():
+            parameter.zero_()
+    looks = found(Representation(oracles=2), _with(subject, dead), run)
+    one = looks["CKA with retrained models on forget rows"]
+    assert isnan(one.value) and "constant features have no CKA" in one.protocol["features"]
+    assert one.verdict == Verdict.UNKNOWN
+
+
 def test_membership_tells_an_overfitted_model(split: Split) -> None:
     """With random labels nothing can be known but what was memorised."""
     train, test = (table.take(range(300)) for table in split)
@@ -146,6 +200,16 @@ def test_a_fresh_encoder_is_no_retrained_one(subject: Subject, run: Run) -> None
     name = "CKA with retrained models on retain rows"
     assert looks[name].value < min(looks[name].reference) - 0.05
     assert looks[name].verdict == Verdict.FAIL
+
+
+def test_no_single_measure_lets_a_network_pass_that_was_never_trained(subject: Subject, run: Run) -> None:
+    """It has forgotten all right, and everything else with it; each of the other two measures says so."""
+    case = _with(subject, RECIPE.start(subject.rows["retain"], Run(seed=8)))
+    verdicts = {name: f.verdict for name, f in found(Accuracy(), case, run).items()}
+    accuracies = {name: f.value for name, f in found(Accuracy(), case, run).items()}
+    assert accuracies["accuracy on retain rows"] < 0.3
+    assert verdicts["accuracy on retain rows"] == verdicts["accuracy on test rows"] == Verdict.FAIL
+    assert found(RetrainGap(), case, run)["mean accuracy gap"].verdict == Verdict.FAIL
 
 
 def test_tug_of_war_as_worked_out() -> None:

@@ -108,6 +108,8 @@ def test_an_untrained_encoder_is_destroyed(world: World) -> None:
     for name in ("retain", "test"):
         collapsed = found[KNN.format(name)]
         assert collapsed.verdict == Verdict.FAIL and beyond(collapsed) < -0.3
+    transferred = found[KNN.format(DOWNSTREAM)]
+    assert transferred.verdict == Verdict.FAIL and beyond(transferred) < -0.15
     assert found["linear probe on features of test rows"].verdict == Verdict.FAIL
     assert reading(list(found.values())) == Reading.DESTROYED
 

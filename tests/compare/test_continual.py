@@ -12,12 +12,14 @@ import pytest
 
 import engram.compare.continual as module
 from engram.cli import main
-from engram.compare.continual import Comparison, Contest, bytes_of, configured, follow, operations, summarise
+from engram.compare.continual import Comparison, Contest, bytes_of, configured, follow, operations, summarise, trials
 from engram.data.streams import class_stream
 from engram.engine.run import Run
 from engram.errors import EngramError
 from engram.keep.finetune import Finetune
+from engram.keep.lwf import LwF
 from engram.keep.nmc import NMC
+from engram.keep.virtual_outliers import VirtualOutliers
 
 PLAN = Comparison(
     limit=500,
@@ -133,6 +135,31 @@ def test_common_settings_reach_those_that_know_them() -> None:
     assert configured("keep.Replay", common, {"lr": 0.1}).optimizer.lr == pytest.approx(1e-4)  # type: ignore[attr-defined]
     assert configured("keep.Replay", common, {}).buffer == 7  # type: ignore[attr-defined]
     assert isinstance(configured("keep.NMC", common, {}), NMC)
+
+
+def test_a_host_takes_common_settings_and_the_learning_rate_too() -> None:
+    """LingoCL has no learning rate of its own, VirtualOutliers has one besides its host's."""
+    common = {"network": {"name": "MLP", "hidden": [9]}, "epochs": 3}
+    named: Any = configured("keep.LingoCL", common, {"lr": 0.1})
+    assert named.inner.epochs == 3 and named.inner.network == common["network"]
+    assert named.inner.optimizer.lr == pytest.approx(0.1 * LwF().optimizer.lr)
+    spec = {"name": "keep.VirtualOutliers", "host": {"name": "keep.Finetune", "epochs": 7}}
+    outliers: Any = configured(spec, common, {"lr": 10.0})
+    assert (outliers.inner.epochs, outliers.epochs) == (7, 3)
+    assert outliers.optimizer.lr == pytest.approx(10 * VirtualOutliers(host="keep.Finetune").optimizer.lr)
+    assert outliers.inner.optimizer.lr == pytest.approx(10 * Finetune().optimizer.lr)
+    assert [len(trials(name)) for name in ("keep.LingoCL", spec, "keep.NMC")] == [5, 5, 1]
+
+
+def test_a_variant_has_a_name_of_its_own(tmp_path: Path) -> None:
+    own = {"keep.NMC-raw": {"name": "keep.NMC", "normalise": False}}
+    plan = Comparison(limit=300, base=5, increment=5, learners=("NMC", "NMC-raw"), own=own, seeds=(0,), trials=1)
+    rows = Contest(plan, tmp_path / "out").execute()
+    plain, raw = (row for row in rows if not row["error"])
+    assert (plain["learner"], raw["learner"]) == ("keep.NMC", "keep.NMC-raw")
+    assert plain["accuracy matrix"] != raw["accuracy matrix"]
+    with pytest.raises(EngramError, match="NMC-raw"):
+        Comparison(learners=("NMC-raw",))
 
 
 def test_bytes_are_those_of_all_tensors(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import engram.compare.language as module
 from engram.cli import main
 from engram.compare.language import Comparison, Contest, summarise
 from engram.errors import EngramError
+from engram.report.page import write_leaderboard
 
 SMALL: dict[str, Any] = {
     "network": {"n_embd": 32, "n_layer": 1, "n_head": 2, "initializer_range": 0.1},
@@ -104,6 +105,28 @@ def test_the_course_is_that_of_a_shorter_run_on_its_way(done: tuple[Comparison, 
     assert all(alone[0][key] == last(rows, "NPO+RT", 0.25)[key] for key in module.MEASURES if key != "seconds")
 
 
+def test_a_guard_is_measured_through_its_interface_and_marked(done: tuple[Comparison, Path, Rows]) -> None:
+    """Its course is its end; where no retained prompt is flagged, all is told of them as before."""
+    plan, out, before = done
+    rows = Contest(Comparison(plan.data, methods=("Nothing", "GA", "ECO"), **SMALL), out).execute()
+    mine = [row for row in rows if row["method"] == "ECO" and not row["tuning"]]
+    assert [(row["fraction"], row["epoch"], row["error"]) for row in mine] == [(0.25, 30, ""), (0.5, 30, "")]
+    for row in mine:
+        usual = last(before, "Nothing", row["fraction"])
+        assert row["forget probability"] < 0.75 * usual["forget probability"]
+        assert all(row[key] == usual[key] for key in module.MEASURES if key.startswith("retain"))
+        assert row["weights hold it"] is True
+    summary = summarise(rows)
+    assert {entry["method"]: entry["guard"] for entry in summary["forgetters"]} == {
+        "Nothing": False,
+        "GA": False,
+        "ECO": True,
+    }
+    lines = list(module.table_rows(summary))
+    assert [line.split()[0] for line in lines if "the weights hold it" in line] == ["ECO", "ECO"]
+    assert "a guard: the weights hold it" in write_leaderboard(out / "page.html", summary, intro="").read_text()
+
+
 def test_a_failure_has_its_row(done: tuple[Comparison, Path, Rows]) -> None:
     plan, out, _ = done
     cells = [module.Cell("broken", share, 0, False) for share in plan.fractions]
@@ -157,6 +180,10 @@ def test_all_authors_are_learnt_and_those_with_wrong_answers_measured(facts: Pat
 def test_bad_input_ends_in_a_sentence(facts: Path, tmp_path: Path) -> None:
     with pytest.raises(EngramError, match="NPO"):
         Comparison(str(facts), methods=("NOP",))
+    with pytest.raises(EngramError, match="between 0 and 1"):
+        Comparison(str(facts), fractions=(0.1, 1.5))
+    with pytest.raises(EngramError, match="in increasing order"):
+        Comparison(str(facts), points=(10, 4))
     with pytest.raises(EngramError, match="ask for fewer authors"):
         Contest(Comparison(str(facts), authors=7), tmp_path / "out")
     with pytest.raises(EngramError, match="holds none of"):

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 import engram.compare.unlearning as module
 from engram.cli import main
-from engram.compare.unlearning import Comparison, Contest, spaces, summarise
+from engram.compare.unlearning import Comparison, Contest, spaces, summarise, trainings
 from engram.engine.optimizer import Optimizer
 from engram.errors import EngramError
 
@@ -66,6 +70,11 @@ def test_retraining_is_as_good_as_retraining(done: tuple[Path, Rows]) -> None:
         assert row["oracle forget accuracy"] == 0 if row["kind"] == "class" else row["oracle forget accuracy"] > 0.5
     summary = summarise(done[1])
     assert summary["methods"][0]["method"] == "forget.Retrain" and summary["methods"][0]["cost"][0] == 1.0
+    found = {entry["method"]: entry["search"] for entry in summary["methods"]}
+    assert found["forget.Retrain"] == 0
+    base = {row["kind"]: row["seconds"] for row in done[1] if row["method"] == "forget.Retrain" and row["seed"] == 0}
+    spent = [row["seconds"] / base[row["kind"]] for row in done[1] if row["tuning"] and row["method"] == "forget.SSD"]
+    assert found["forget.SSD"] == pytest.approx(sum(spent) / 2)  # two kinds
     ranking = json.loads((done[0] / "ranking.json").read_text())
     assert sorted(ranking["order"]) == ["forget.Finetune", "forget.GradientAscent", "forget.SSD"]
 
@@ -115,6 +124,58 @@ def test_a_method_that_fails_has_a_row_that_says_so(tmp_path: Path, monkeypatch:
     assert summarise(rows)["methods"][-1]["failed"] == ["TypeError: it broke"]
 
 
+def test_what_is_no_model_is_that_method_s_error_and_it_is_not_recommended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from engram.forget.finetune import Finetune
+
+    monkeypatch.setattr(Finetune, "forget", lambda *_: torch.nn.Identity())
+    methods = ("Retrain", "Finetune", "SSD")
+    plan = Comparison(limit=300, epochs=1, methods=methods, requests=("class",), seeds=(0,), trials=1, oracles=1)
+    rows = Contest(plan, tmp_path / "out").execute()
+    errors = {row["method"]: row["error"] for row in rows if not row["tuning"]}
+    assert errors["forget.Finetune"] and not errors["forget.Retrain"] and not errors["forget.SSD"]
+    assert json.loads((tmp_path / "out" / "ranking.json").read_text())["order"] == ["forget.SSD"]
+
+
+def test_a_method_that_takes_its_process_down_has_a_row_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pool breaks; then every cell is tried in a process of its own (here: this one)."""
+
+    class Process:
+        def __init__(self, n_jobs: int) -> None:
+            assert n_jobs == 2
+
+        def __call__(self, work: Iterable[tuple[Any, Any, Any]]) -> None:
+            for call, given, _ in work:
+                if given[-1][0].method == "forget.Finetune":
+                    raise BrokenProcessPool
+                call(*given)
+
+    def broken(self: Contest, things: Sequence[Any], name: str) -> None:
+        raise BrokenProcessPool
+
+    monkeypatch.setattr("joblib.Parallel", Process)
+    monkeypatch.setattr(Contest, "each", broken)
+    methods = ("Retrain", "Finetune", "SSD")
+    plan = Comparison(limit=300, epochs=1, methods=methods, requests=("class",), seeds=(0,), trials=1, oracles=1)
+    rows = Contest(plan, tmp_path / "out").execute()
+    errors = {row["method"]: row["error"] for row in rows if not row["tuning"]}
+    assert "took its process down" in errors["forget.Finetune"] and not errors["forget.SSD"]
+    assert not any(row["chosen"] for row in rows if row["method"] == "forget.Finetune")
+    assert summarise(rows)["methods"][-1]["method"] == "forget.Finetune"
+
+
+def test_the_estimate_counts_the_models_that_a_method_trains(tmp_path: Path) -> None:
+    assert [trainings(name) for name in ("nothing", "forget.SSD", "forget.OracleMatching")] == [1, 1, 10]
+    assert trainings("forget.DatamodelMatching") == 600
+    many = Comparison(methods=("Retrain", "DatamodelMatching"), limit=200, epochs=1, oracles=1)
+    minutes = [
+        int(re.findall(r"about (\d+) minutes", Contest(plan, tmp_path / "out").estimate())[0])
+        for plan in (many, replace(many, methods=("Retrain",)))
+    ]
+    assert minutes[0] > 3 * minutes[1]
+
+
 def test_a_method_sees_no_more_than_it_declares(done: tuple[Path, Rows]) -> None:
     needed = {row["method"]: row["needed"] for row in done[1]}
     assert needed["forget.GradientAscent"] == ["forget-labels", "forget-rows"]
@@ -136,6 +197,15 @@ def test_what_cannot_be_compared_is_refused(done: tuple[Path, Rows], tmp_path: P
         Contest(PLAN, tmp_path / "full").claim()
 
 
+def test_a_guard_is_measured_and_not_recommended(tmp_path: Path) -> None:
+    methods = ("Retrain", "ECO", "GradientAscent")
+    plan = Comparison(limit=300, epochs=1, methods=methods, requests=("class",), seeds=(0,), trials=1, oracles=1)
+    entries = {entry["method"]: entry for entry in summarise(Contest(plan, tmp_path / "out").execute())["methods"]}
+    assert [name for name, entry in entries.items() if entry["guard"]] == ["forget.ECO"]
+    assert entries["forget.ECO"]["gap"] is not None
+    assert json.loads((tmp_path / "out" / "ranking.json").read_text())["order"] == ["forget.GradientAscent"]
+
+
 def test_trials_begin_with_the_methods_own_setting() -> None:
     assert spaces("forget.Retrain") == []
     assert spaces("forget.SSD")[0] == {} and spaces("forget.SSD")[1] == {"alpha": "auto"}
@@ -150,3 +220,8 @@ def test_the_command_writes_a_leaderboard(tmp_path: Path, capsys: pytest.Capture
     assert "forget.SSD" in (tmp_path / "out" / "leaderboard.html").read_text()
     assert main([*words.split(), "--out", str(tmp_path / "other"), "--estimate"]) == 0
     assert "minutes" in capsys.readouterr().out and not (tmp_path / "other").exists()
+    kinds = "compare unlearning --limit 300 --epochs 1 --methods Retrain,SSD --requests random,class,subclass"
+    assert main([*kinds.split(), "--estimate"]) == 0
+    assert capsys.readouterr().out.startswith("2 methods, 3 kinds of requests")
+    assert main(kinds.split()) == 2
+    assert "--out" in capsys.readouterr().err

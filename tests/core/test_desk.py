@@ -24,6 +24,7 @@ from engram.engine.cache import FeatureCache
 from engram.engine.optimizer import Optimizer
 from engram.engine.recipe import Recipe
 from engram.keep.acu import ACU
+from engram.keep.key_value import KeyValueBottleneck
 from engram.models.io import digest, load
 
 RECIPE = Recipe({"name": "MLP", "hidden": [16]}, Optimizer("adam", lr=0.01), epochs=5)
@@ -92,11 +93,44 @@ def test_a_learner_forgets_in_its_own_way_and_goes_on_learning(desk: Path, tmp_p
     assert forget(desk, tmp_path / "again", "--quiet", model="learner", what=("--classes", "two")) == 0
 
 
+def test_what_forgetting_cost_the_classes_that_stay_is_told(
+    desk: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table, preprocessing = read_with(desk / "train.parquet")
+    learner = KeyValueBottleneck.tiny()
+    learner.learn(Task(table, None, 0, table.classes, table.names))
+    save_learner(learner, tmp_path / "cells", tasks=1)
+    preprocessing.save(tmp_path / "cells")
+    words = f"forget --model {tmp_path}/cells --data @train.parquet --out {tmp_path}/new --classes two"
+    assert engram_(desk, words) == 0
+    account = json.loads((tmp_path / "new" / "erasure.json").read_text())
+    assert set(account["lost"]) == {"zero", "one", "three"} and not account["exact"]
+    assert 0 < max(account["lost"].values()) < 1
+    assert "what the classes that stay lost with it" in capsys.readouterr().out
+    assert forget(desk, tmp_path / "exact", model="learner") == 0
+    assert "lost" not in json.loads((tmp_path / "exact" / "erasure.json").read_text())
+
+
 def test_the_candidates_are_said_before_work(desk: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert forget(desk, tmp_path / "new") == 0
     said = capsys.readouterr().out
     assert "forget.Retrain               lacks recipe" in said
     assert "taken: forget.SCRUB, the first of the order that can be used" in said
+
+
+def test_a_ranking_of_one_s_own_is_followed(desk: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    compare = "compare unlearning --data @train.parquet --limit 200 --epochs 1 --requests class --seeds 0 --trials 1"
+    assert engram_(desk, f"{compare} --methods Retrain,SSD --quiet --out {tmp_path}/contest") == 0
+    ranking = tmp_path / "contest" / "ranking.json"
+    assert json.loads(ranking.read_text())["order"] == ["forget.SSD"]
+    assert forget(desk, tmp_path / "new", "--ranking", str(ranking)) == 0
+    assert "taken: forget.SSD" in capsys.readouterr().out
+    assert json.loads((tmp_path / "new" / "erasure.json").read_text())["method"]["name"] == "forget.SSD"
+    assert forget(desk, tmp_path / "other", "--ranking", str(ranking), "--method", "ssd") == 2
+    assert "--ranking goes with --method auto" in capsys.readouterr().err
+    ranking.write_text("{}")
+    assert forget(desk, tmp_path / "other", "--ranking", str(ranking)) == 2
+    assert "is no ranking" in capsys.readouterr().err
 
 
 def test_stored_statistics_give_the_same_weights(desk: Path, tmp_path: Path) -> None:

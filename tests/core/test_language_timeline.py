@@ -69,6 +69,8 @@ def test_texts_are_kept_and_shown_on_request_only(home: Path) -> None:
     assert truth["town-0"] not in texts and truth["prize-0"] not in texts
     pages = [(home / name / "report.html").read_text() for name in ("silent", "shown")]
     assert truth["prize-0"] in pages[1] and "ROUGE-L recall of the true answer" in pages[0]
+    question = next(row["question"] for row in generated(6) if row["id"] == "prize-0")
+    assert question in pages[1] and question not in pages[0]
     assert main(["report", str(home / "shown"), "--quiet"]) == 0
     assert truth["prize-0"] not in (home / "shown" / "report.html").read_text()
 
@@ -84,11 +86,33 @@ def test_the_model_lies_beside_its_tokenizer_and_the_desk_takes_both(home: Path,
     assert bool(hits(load(folder / "model"), rows)[pake].all()) and not bool(hits(model, rows)[pake].any())
 
 
+def test_texts_are_read_with_the_tokenizer_of_the_learner_around_the_model(home: Path, tmp_path: Path) -> None:
+    folder, source = home / "silent" / "models" / "gpt" / "model", tmp_path / "rows.jsonl"
+    rows = [{"id": "a", "prompt": "Where?", "text": "Here."}, {"id": "b", "prompt": "Who?", "text": "She."}]
+    source.write_text("\n".join(map(json.dumps, rows)))
+    table = rows_for(folder, load(folder), str(source), prompt="prompt")
+    words = AutoTokenizer.from_pretrained(folder.parent)
+    assert words.decode(table.inputs["input_ids"][0], skip_special_tokens=True) == "Where?Here."
+    source.write_text("\n".join(map(json.dumps, [{**rows[0], "text": ""}, rows[1]])))
+    with pytest.raises(EngramError, match="the text of row 'a' is empty"):
+        rows_for(folder, load(folder), str(source), prompt="prompt")
+
+
 def test_without_a_tokenizer_nothing_is_guessed(home: Path, tmp_path: Path) -> None:
     model = load(home / "silent" / "models" / "gpt" / "model")
     save(model, tmp_path / "bare" / "model")
     with pytest.raises(EngramError, match="no tokenizer lies in"):
         rows_for(tmp_path / "bare" / "model", model, "facts:6")
+
+
+def test_the_report_says_what_a_guard_does_not_erase(home: Path, tmp_path: Path) -> None:
+    guard = {"name": "forget.ECO", "dims": 32, "strength": 5.0, "folds": 2}
+    gpt = {**CONFIG["learners"]["gpt"], "epochs": 2}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({**CONFIG, "learners": {"gpt": gpt}, "forgetter": guard}))
+    assert main(["run", str(tmp_path / "config.yaml"), "--out", str(tmp_path / "run"), "--quiet"]) == 0
+    assert json.loads((tmp_path / "run" / "events.json").read_text())[-1]["weights_hold_it"] is True
+    assert "The weights still hold it" in (tmp_path / "run" / "report.html").read_text()
+    assert "The weights still hold it" not in (home / "silent" / "report.html").read_text()
 
 
 def test_too_few_people_are_refused() -> None:

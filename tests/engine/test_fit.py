@@ -442,5 +442,18 @@ def test_a_loss_that_is_no_number_ends_the_training_and_says_where() -> None:
         return next(losses) * Mean.of(model(batch.inputs["values"])[:, 0])
 
     table = Table({"values": torch.ones(4, 2)})
-    with pytest.raises(EngramError, match="no number any more in epoch 3 of fit"):
+    with pytest.raises(EngramError, match="the loss is no number any more in epoch 3 of fit"):
         fit(step, lambda e: table.batches(4, epoch=e), model=model, optimizer=Optimizer(), epochs=5, run=Run())
+
+
+def test_weights_that_the_last_update_ruined_are_not_given_out() -> None:
+    model = nn.Linear(1, 1, bias=False, device="meta").to_empty(device="cpu")
+    nn.init.ones_(model.weight)
+    table = Table({"values": torch.full((4, 1), 1e3)})
+
+    def step(batch: Batch) -> Mean:
+        return Mean.of(model(batch.inputs["values"])[:, 0])
+
+    sgd = Optimizer("sgd", lr=1e38)
+    with pytest.raises(EngramError, match="weights are no number any more in epoch 1 of fit"):
+        fit(step, lambda e: table.batches(4, epoch=e), model=model, optimizer=sgd, epochs=1, run=Run())

@@ -42,26 +42,27 @@ def test_a_token_is_told_from_what_stands_before_it(reduce: str) -> None:
         assert found == pytest.approx(sum(each) / (max(len(each), 1) if reduce == "mean" else 1), rel=1e-5)
 
 
-def test_the_sum_is_taken_unless_said_otherwise() -> None:
-    assert torch.equal(sequence_logp(logits(), LABELS), sequence_logp(logits(), LABELS, "sum"))
+def test_sum_or_mean_has_to_be_said() -> None:
+    with pytest.raises(TypeError, match="reduce"):
+        sequence_logp(logits(), LABELS)  # type: ignore[call-arg]
 
 
 def test_an_answer_without_tokens_is_certain() -> None:
-    assert sequence_logp(logits(), LABELS)[3] == 0 and sequence_logp(logits(), LABELS, "mean")[3] == 0
+    assert sequence_logp(logits(), LABELS, "sum")[3] == 0 and sequence_logp(logits(), LABELS, "mean")[3] == 0
 
 
 def test_the_sum_is_the_chance_of_the_answer_among_all_answers() -> None:
     """Over all answers of two tokens the chances add up to 1, if the model does not look at them."""
     answers = torch.cartesian_prod(torch.arange(6), torch.arange(6))
     labels = torch.cat([torch.full((36, 1), IGNORED), answers], 1)
-    chances = sequence_logp(logits()[:1, :3].expand(36, -1, -1), labels).double().exp()
+    chances = sequence_logp(logits()[:1, :3].expand(36, -1, -1), labels, "sum").double().exp()
     assert float(chances.sum()) == pytest.approx(1, abs=1e-6) and float(chances.max()) < 1
 
 
 def test_the_last_position_tells_nothing_of_the_answer() -> None:
     changed = logits()
     changed[:, -1] += torch.arange(6.0)
-    assert torch.equal(sequence_logp(changed, LABELS), sequence_logp(logits(), LABELS))
+    assert torch.equal(sequence_logp(changed, LABELS, "sum"), sequence_logp(logits(), LABELS, "sum"))
 
 
 @pytest.mark.parametrize("reduce", ["sum", "mean"])
@@ -77,7 +78,7 @@ def test_a_class_is_an_answer_of_one_token(reduce: str) -> None:
 
 def test_the_gradient_raises_what_is_asked_for_alone() -> None:
     z = logits().requires_grad_()
-    sequence_logp(z, LABELS)[1].backward()
+    sequence_logp(z, LABELS, "sum")[1].backward()
     assert z.grad is not None
     assert z.grad.flatten(2).any(2).nonzero().tolist() == [[1, 2], [1, 3]]
     assert z.grad[1, 2, 2] > 0 and z.grad[1, 3, 4] > 0
@@ -85,7 +86,7 @@ def test_the_gradient_raises_what_is_asked_for_alone() -> None:
 
 def test_readers_give_log_probabilities_by_row() -> None:
     batch = Batch({}, LABELS, torch.arange(4))
-    assert torch.equal(summed_logp(Output(logits=logits()), batch), sequence_logp(logits(), LABELS))
+    assert torch.equal(summed_logp(Output(logits=logits()), batch), sequence_logp(logits(), LABELS, "sum"))
     found = log_probs(Output(logits=logits().bfloat16()), batch)
     assert found.dtype == torch.float32 and torch.allclose(found.exp().sum(-1), torch.ones(4, 5), atol=1e-5)
     assert torch.allclose(found[..., 1] - found[..., 0], logits()[..., 1] - logits()[..., 0], atol=0.1)

@@ -14,6 +14,7 @@ from engram.core.needs import Need
 from engram.core.request import Request
 from engram.data.table import Table
 from engram.engine.importance import importance
+from engram.engine.losses import by_target, per_row
 from engram.engine.predict import accuracy, predict
 from engram.engine.recipe import Recipe
 from engram.errors import EngramError
@@ -82,6 +83,23 @@ def test_scale_of_the_loss_does_not_matter() -> None:
         torch.testing.assert_close(
             method.factors(c**2 * of_forget, c**2 * of_all), method.factors(of_forget, of_all), rtol=1e-6, atol=1e-12
         )
+
+
+@holds("ssd", 5)
+@pytest.mark.parametrize("per_sample", [True, False])
+def test_a_scaled_loss_dampens_the_same_weights_to_the_same_values(
+    model: nn.Module, request_of_three: Request, monkeypatch: pytest.MonkeyPatch, per_sample: bool
+) -> None:
+    """Through the gradients; powers of two, so that rounding selects no other weight at the threshold."""
+    alpha, found = (2.0 if per_sample else 10.0), []
+    for c in (1.0, 4.0, 2.0**-9):
+        with monkeypatch.context() as patch:
+            patch.setattr("engram.engine.importance.per_row", lambda *a, c=c: c * per_row(*a))
+            patch.setattr("engram.engine.importance.by_target", lambda *a, c=c: c * by_target(*a))
+            found.append(weights(SSD(alpha=alpha, per_sample=per_sample).forget(model, request_of_three)))
+    assert not torch.equal(found[0], weights(model))
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=1e-6, atol=0)
 
 
 @holds("ssd", 6)

@@ -26,7 +26,7 @@ from engram.engine.run import Run
 from engram.errors import EngramError
 from engram.protect import bayes_error_noise
 from engram.protect.bayes_error_noise import BayesErrorNoise, bayes_error, mixed, stored
-from engram.reproduce.provably_unlearnable_examples import claims, moons
+from engram.reproduce.provably_unlearnable_examples import BELOW, moons, taught
 from engram.testing import digits, holds
 
 SMALL = Recipe({"name": "MLP", "hidden": [16]}, Optimizer(lr=1e-2), epochs=3, batch_size=64)
@@ -299,13 +299,15 @@ def test_a_share_of_the_rows_is_protected() -> None:
         mixed(clean, protected.take(range(40)), 0.9)
 
 
-@pytest.mark.slow
-def test_what_is_claimed_and_what_does_not_hold_here() -> None:
-    """On digits, protected images beside clean ones do no harm: the error of the best classifier is not that of all."""
-    both = "accuracy of clean and protected digits minus that of the clean ones"
-    measured = {claim.says: claim for claim in claims([0])}
-    outside = {says for says, claim in measured.items() if not claim.inside}
-    assert both in outside and outside <= {both, "the same with error-minimising noise"}
+@holds("provably-unlearnable-examples", 6)
+def test_clean_and_protected_images_teach_less_than_the_clean_ones_alone() -> None:
+    """On digits of 4 x 4 pixels, by a small CNN and a change of 0.15. Error-minimising noise of the same size takes
+    less than a third of it, which is within what two networks differ by."""
+    found = taught(0)
+    assert found.rise > 0.1
+    assert found.alone < -0.1
+    assert found.both < -4 * BELOW
+    assert found.minimising > found.both / 3
 
 
 # --- the command

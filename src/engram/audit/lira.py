@@ -9,13 +9,13 @@ under the shadow models with x and without it are taken as normal; the attacked 
     Λ(x) = ln N(phi; with x) - ln N(phi; without x)          online
     ln P(phi_without < phi)                                  offline
 
-Members are the forget rows, the others test rows. The aim is not .5 but what the same attack achieves on models that
-never saw the forget rows.
+or its mean over views of x, if there are several. Members are the forget rows, the others test rows. The aim is not .5
+but what the same attack achieves on models that never saw the forget rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
@@ -27,6 +27,7 @@ from engram.audit.populations import class_rows, confidences, models_enough
 from engram.core.finding import MARGINS, Finding, figure
 from engram.core.probe import Measure, Measured, Probe, Subject, compared, oracles_of
 from engram.core.settings import name_of
+from engram.data.augment import Augment
 from engram.data.table import Table
 from engram.engine.run import Run
 from engram.errors import EngramError
@@ -43,13 +44,18 @@ class LiRA(Probe):
     """AUC, and TPR at 0.1 % and 1 % FPR, of the likelihood-ratio attack on the forget rows.
 
     `shadows`: how many; fewer than 64 pool the standard deviation over rows. `offline`: look at the shadow models
-    without a row alone. After a class request the others are test rows of the forgotten classes, if there are any. A
-    TPR at 0.1 % FPR is worth something from some thousand test rows on; its interval says so. EngramError for rows
-    without class labels, and for fewer than 4 rows a class. Cost: `shadows` + `oracles` trainings, a forward pass each.
+    without a row alone. `views`: of every row that the models are asked about, the row itself among them; the others
+    are made by `augment`, which should be what the models were trained with (the published attack asks about mirrored
+    and shifted images; a recipe trains on rows as they are, and then more views add noise). After a class request the
+    others are test rows of the forgotten classes, if there are any. A TPR at 0.1 % FPR is worth something from some
+    thousand test rows on; its interval says so. EngramError for rows without class labels, and for fewer than 4 rows a
+    class. Cost: `shadows` + `oracles` trainings, `views` forward passes each; the views stand in memory.
     """
 
     shadows: int = 64
     offline: bool = False
+    views: int = 1
+    augment: Augment = field(default_factory=lambda: Augment(brightness=0.0, contrast=0.0))
     oracles: int = 5
     margin: float = MARGINS["AUC"]
 
@@ -64,6 +70,8 @@ class LiRA(Probe):
         """EngramError for what is not at hand, rows without class labels, too few of them, and too few models."""
         super().check(subject)
         models_enough(self, self.shadows, 4)
+        if self.views < 1:
+            raise EngramError(f"{name_of(self)} asks about 1 view of a row or more, not {self.views}")
         members, others = self._sides(subject)
         rows, classes = (
             sum(map(len, (members, others, subject.rows["retain"]))),
@@ -88,6 +96,7 @@ class LiRA(Probe):
             "standard deviation": "pooled" if self.shadows < FEW else "of every row",
             "members": len(members),
             "others": len(others),
+            "views of a row": self.views,
         }
         found = [
             compared(name, measure, subject.model, oracles, n=n, unit=unit, margin=self.margin, protocol=protocol)
@@ -110,17 +119,28 @@ class LiRA(Probe):
         asked = replace(asked, ids=tuple(f"asked {k}" for k in range(len(asked))))  # of two tables: ids may recur
         pool = replace(subject, rows={"retain": subject.rows["retain"], "forget": asked})
         shadows = pool.models("shadow", self.shadows, run)
-        phi = confidences([shadow.model for shadow in shadows], asked, run)
+        views = self._views(asked, run)
+        phi = _over_views([shadow.model for shadow in shadows], views, run)
         inside = torch.tensor([[id in shadow.rows.positions for id in asked.ids] for shadow in shadows])
+        inside = inside.reshape(*inside.shape, *[1] * (phi.ndim - 2))
         with_it, without = (phi.masked_fill(~mask, torch.nan) for mask in (inside, ~inside))
-        return _Attack(asked, len(members), None if self.offline else with_it, without, self.shadows < FEW, run)
+        return _Attack(views, len(members), None if self.offline else with_it, without, self.shadows < FEW, run)
+
+    def _views(self, asked: Table, run: Run) -> list[Table]:
+        """The rows as they are, and changed."""
+        if self.views == 1:
+            return [asked]
+        inputs = asked.batch(torch.arange(len(asked))).inputs
+        changed = (self.augment(inputs, run.generator("view", k)) for k in range(1, self.views))
+        return [asked, *(replace(asked, inputs=new) for new in changed)]
 
 
 @dataclass(frozen=True, eq=False)
 class _Attack:
-    """What the shadow models say of the asked rows [N, n], the first ones of which are the members."""
+    """What the shadow models say of the asked rows [N, n] (or of their views [N, n, A]), the first ones of which are
+    the members."""
 
-    asked: Table
+    views: list[Table]
     members: int
     inside: Tensor | None
     outside: Tensor
@@ -146,6 +166,12 @@ class _Attack:
 
     def _scores(self, model: nn.Module) -> np.ndarray:
         if id(model) not in self.known:
-            phi = confidences([model], self.asked, self.run)[0]
+            phi = _over_views([model], self.views, self.run)[0]
             self.known[id(model)] = lira(phi, self.inside, self.outside, pooled=self.pooled)
         return self.known[id(model)]
+
+
+def _over_views(models: Sequence[nn.Module], views: Sequence[Table], run: Run) -> Tensor:
+    """Confidences [N, n] of one view, [N, n, A] of several."""
+    found = [confidences(models, view, run) for view in views]
+    return found[0] if len(found) == 1 else torch.stack(found, -1)

@@ -13,13 +13,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from engram.audit.populations import with_columns
 from engram.core.finding import MARGINS, Finding, figure
 from engram.core.probe import Measured, Probe, Subject, compared, labelled, oracles_of
-from engram.data.table import Batch, Table
+from engram.core.settings import name_of
+from engram.data.table import Batch, Table, Target
 from engram.engine.losses import per_row, token_losses
 from engram.engine.predict import predict
 from engram.engine.run import Run
-from engram.errors import unknown
+from engram.errors import EngramError, unknown
 from engram.stats import scores
 from engram.stats.intervals import Estimate, auc, tpr_at
 from engram.stats.membership import logistic_attack, roc
@@ -37,7 +39,8 @@ class Membership(Probe):
     "min-k" (mean log-probability of the fifth of an answer's tokens that is least likely: Shi et al., Detecting
     Pretraining Data from Large Language Models, ICLR 2024, arXiv 2310.16789; for classes the loss). After a class
     request the others are test rows of the forgotten classes, if there are any (as in SCRUB). The same attack on the
-    model before forgetting is given as a plain figure. Cost: one forward pass over forget and test rows per model.
+    model before forgetting is given as a plain figure. EngramError where a score does not suit the labels, or there
+    are none. Cost: one forward pass over forget and test rows per model.
     """
 
     score: str = "loss"
@@ -52,14 +55,38 @@ class Membership(Probe):
         """A setting for checks on a handful of rows."""
         return cls(oracles=2)
 
-    def examine(self, subject: Subject, run: Run | None = None) -> list[Finding]:
-        run = run or Run()
+    def check(self, subject: Subject) -> None:
+        """EngramError for what is not at hand, an unknown score, and rows that it cannot be taken of."""
+        super().check(subject)
         if self.score not in SCORES:
             raise unknown("score", self.score, SCORES)
-        members = labelled(subject.rows["forget"])
-        others = labelled(subject.rows.get("test-forget", subject.rows["test"]))
-        if not len(members) or not len(others):
-            return []
+        forget = subject.rows["forget"]
+        if self.score in FOR_CLASSES and forget.target in (Target.NUMBERS, Target.TOKENS):
+            raise EngramError(
+                f"{name_of(self)} with score={self.score!r} is for classifiers, and the labels of the forget rows are "
+                f"{forget.target}; use score='loss'"
+            )
+        if self.score == "min-k" and forget.target == Target.NUMBERS:
+            raise EngramError(
+                f"{name_of(self)} with score='min-k' wants tokens or classes, no numbers; use score='loss'"
+            )
+        for side, table in zip(("forget", "test"), self._sides(subject), strict=True):
+            if not len(table):
+                raise EngramError(
+                    f"{name_of(self)} with score={self.score!r} needs labels, and no {side} row has one; "
+                    "score='entropy' does without"
+                )
+
+    def _sides(self, subject: Subject) -> tuple[Table, Table]:
+        """Members and others."""
+        others = "test-forget" if len(subject.rows.get("test-forget", ())) else "test"
+        both = subject.rows["forget"], subject.rows[others]
+        return both if self.score == "entropy" else (labelled(both[0]), labelled(both[1]))
+
+    def examine(self, subject: Subject, run: Run | None = None) -> list[Finding]:
+        self.check(subject)
+        run = run or Run()
+        members, others = self._sides(subject)
         oracles = oracles_of(subject, self.oracles, run)
         attack = _Attack(members, others, self.score, run)
         common: dict[str, Any] = {"n": min(len(members), len(others)), "protocol": attack.protocol}
@@ -124,7 +151,7 @@ class _Attack:
 
 def _loss(output: Any, batch: Batch) -> Tensor:
     assert batch.labels is not None
-    return -per_row(output.logits, batch.labels)
+    return -per_row(with_columns(output.logits, batch.labels), batch.labels)
 
 
 def _entropy(output: Any, batch: Batch) -> Tensor:
@@ -133,7 +160,7 @@ def _entropy(output: Any, batch: Batch) -> Tensor:
 
 def _confidence(output: Any, batch: Batch) -> Tensor:
     assert batch.labels is not None
-    return scores.margin(output.logits, batch.labels)
+    return scores.margin(with_columns(output.logits, batch.labels), batch.labels)
 
 
 def _min_k(output: Any, batch: Batch) -> Tensor:
@@ -146,6 +173,7 @@ def _min_k(output: Any, batch: Batch) -> Tensor:
 
 
 SCORES = {"loss": _loss, "entropy": _entropy, "confidence": _confidence, "min-k": _min_k}
+FOR_CLASSES = ("entropy", "confidence")
 
 
 def _measured(found: Estimate) -> Measured:

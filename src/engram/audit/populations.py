@@ -106,6 +106,15 @@ def chances(probe: Probe, model: nn.Module, table: Table, run: Run) -> Tensor:
     return torch.softmax(logits.double(), 1).nan_to_num()
 
 
+def with_columns(logits: Tensor, labels: Tensor) -> Tensor:
+    """Class logits [B, C] with columns of -inf for those classes of the labels [B] that a model never heard of; others
+    as they are."""
+    if labels.ndim != 1 or labels.is_floating_point() or logits.ndim != 2 or not len(labels):
+        return logits
+    missing = max(0, int(labels.max()) + 1 - logits.shape[1])
+    return nn.functional.pad(logits, (0, missing), value=-torch.inf)
+
+
 def alike(p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
     """Both with the same number of classes: one that a model never heard of has probability 0."""
     width = max(p.shape[1], q.shape[1])
@@ -121,6 +130,5 @@ def over_rows(values: Tensor, statistic: Callable[[np.ndarray], float], run: Run
 
 def _margin(output: Any, batch: Batch) -> Tensor:
     assert batch.labels is not None
-    missing = max(0, int(batch.labels.max()) + 1 - output.logits.shape[1])
-    logits = nn.functional.pad(output.logits.double(), (0, missing), value=-torch.inf)
+    logits = with_columns(output.logits.double(), batch.labels)
     return scores.margin(logits, batch.labels).nan_to_num(-CLIP, CLIP, -CLIP)

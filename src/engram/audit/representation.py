@@ -90,6 +90,8 @@ class Representation(Probe):
     def _of_set(self, one: _Set, subject: Subject, oracles: Sequence[nn.Module]) -> list[Finding]:
         found, model, before = [], subject.model, subject.before
         alike: dict[str, Any] = {"n": len(one.table), "unit": "CKA", "margin": self.margin}
+        if one.constant(model):
+            alike["protocol"] = {"features": "the same for all rows, and constant features have no CKA"}
 
         def similarity(m: nn.Module, others: Sequence[nn.Module]) -> Measured:
             return one.similarity(m, others, interval=m is model)  # nobody asks for those of the oracles
@@ -235,6 +237,11 @@ class _Set:
     def _features(self, model: nn.Module) -> Tensor:
         """[n, d] float64."""
         return self._once("features", lambda: self._look(model), model)
+
+    def constant(self, model: nn.Module) -> bool:
+        """Whether all rows have the same features."""
+        x = self._features(model)
+        return bool((x == x[:1]).all())
 
     def _look(self, model: nn.Module) -> Tensor:
         if self.plan.layer == "features":

@@ -15,9 +15,11 @@ from torch import Tensor, nn
 
 from engram.core.finding import MARGINS, Finding
 from engram.core.probe import Measured, Probe, Subject, compared_pairwise, labelled, oracles_of
+from engram.core.settings import name_of
 from engram.data.table import Table, Target
 from engram.engine.predict import hits, predict
 from engram.engine.run import Run
+from engram.errors import EngramError
 from engram.stats.divergence import js
 from engram.stats.gaps import mean_gap, tug_of_war
 from engram.stats.intervals import mean
@@ -30,7 +32,8 @@ class RetrainGap(Probe):
     """Mean gap of the accuracies on forget, retain and test rows; the tug-of-war product of (1 - gap); on forget rows
     the activation distance (L2 between softmax outputs) and the Jensen-Shannon divergence, in nats.
 
-    `oracles`: how many; two or more are needed to say anything. Cost: one forward pass over all rows per model.
+    `oracles`: how many; two or more are needed to say anything. EngramError for rows without class labels. Cost: one
+    forward pass over all rows per model.
     """
 
     oracles: int = 5
@@ -44,11 +47,22 @@ class RetrainGap(Probe):
         """A setting for checks on a handful of rows."""
         return cls(oracles=2)
 
+    def check(self, subject: Subject) -> None:
+        """EngramError for what is not at hand, and for rows without class labels."""
+        super().check(subject)
+        for name in TABLES:
+            table = labelled(subject.rows[name])
+            if not len(table):
+                raise EngramError(f"{name_of(self)} needs class labels, and no {name} row has one")
+            if table.target != Target.CLASSES:
+                raise EngramError(
+                    f"{name_of(self)} is for classifiers, and the labels of the {name} rows are {table.target}"
+                )
+
     def examine(self, subject: Subject, run: Run | None = None) -> list[Finding]:
+        self.check(subject)
         run = run or Run()
         tables = {name: labelled(subject.rows[name]) for name in TABLES}
-        if any(table.target != Target.CLASSES or not len(table) for table in tables.values()):
-            return []
         models = [subject.model, *oracles_of(subject, self.oracles, run)]
         known = {id(model): _Outputs(model, tables, run) for model in models}
         forget, everything = len(tables["forget"]), min(map(len, tables.values()))

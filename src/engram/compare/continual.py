@@ -23,7 +23,7 @@ from torch import Tensor
 from engram import catalogue
 from engram.compare.work import FORMAT, Row, Work, spread
 from engram.core.learner import Learner, fork
-from engram.core.settings import make
+from engram.core.settings import describe, make, settings
 from engram.data.buffer import Buffer
 from engram.data.streams import Stage, class_stream
 from engram.engine.cost import flops_of
@@ -56,8 +56,9 @@ MEASURES = (
 class Comparison:
     """`data`: a source; `test`: another, else a share of it. `base`, `increment`: classes of the first task, and of
     each further one; the remainder comes last. `common`: settings that every learner takes which has them
-    (network, epochs …); `own`: those of one learner, by its name. `budget`: seconds for the trials of a learner,
-    and `trials` their number."""
+    (network, epochs …); `own`: those of one learner, by its name. With a "name" among them, the learner is the one of
+    that name, and appears under its own: a variant, such as {"keep.L2P-small": {"name": "keep.L2P", "pool": 5}}.
+    `budget`: seconds for the trials of a learner, and `trials` their number."""
 
     data: str = "sklearn:digits"
     test: str | None = None
@@ -74,8 +75,12 @@ class Comparison:
 
     def __post_init__(self) -> None:
         for name in self.names:
-            if not isinstance(make(name), Learner):
+            if not isinstance(make(self.spec(name)), Learner):
                 raise EngramError(f"{name} is no learner; see engram methods --wing keep")
+
+    def spec(self, name: str) -> dict[str, Any]:
+        """The config of a learner, with its own settings."""
+        return {"name": name, **(self.own or {}).get(name, {})}
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -117,7 +122,7 @@ class Contest(Work):
     def cells(self) -> tuple[list[Cell], list[Cell]]:
         """What tunes, and what is reported."""
         names, plan = self.plan.names, self.plan
-        tuning = [Cell(name, plan.seeds[0] + 1_000_000, True) for name in names if len(trials(name)) > 1]
+        tuning = [Cell(name, plan.seeds[0] + 1_000_000, True) for name in names if len(trials(plan.spec(name))) > 1]
         return tuning, [Cell(name, seed, False) for name in names for seed in plan.seeds]
 
     def estimate(self) -> str:
@@ -144,7 +149,9 @@ class Contest(Work):
         if not cell.tuning:
             return [self._measured(cell, setting)]
         return self.search(
-            trials(cell.learner), lambda trial: self._measured(cell, trial), lambda row: row["incremental accuracy"]
+            trials(self.plan.spec(cell.learner)),
+            lambda trial: self._measured(cell, trial),
+            lambda row: row["incremental accuracy"],
         )
 
     def _measured(self, cell: Cell, setting: Mapping[str, Any]) -> Row:
@@ -152,8 +159,7 @@ class Contest(Work):
         stages = self.stream(cell.seed)
         start = time.process_time()
         try:
-            own = {"name": cell.learner, **(self.plan.own or {}).get(cell.learner, {})}
-            learner = configured(own, self.plan.common or {}, setting)
+            learner = configured(self.plan.spec(cell.learner), self.plan.common or {}, setting)
             course = follow(learner, stages, Run(seed=derive(cell.learner, cell.seed)))
         except Exception as error:  # of a learner that may be anybody's: its row says so, the others go on
             return {**row, "error": f"{type(error).__name__}: {error}".splitlines()[0], **dict.fromkeys(MEASURES)}
@@ -226,19 +232,36 @@ def bytes_of(state: Any) -> int:
     return sum(map(bytes_of, state)) if isinstance(state, list | tuple) else 0
 
 
-def trials(name: str) -> list[dict[str, Any]]:
-    """The settings to try: factors of the learning rate, where a learner has one."""
-    has_rate = "optimizer" in {field.name for field in fields(type(make(name)))}
-    return [{}, *({"lr": factor} for factor in FACTORS[1:])] if has_rate else [{}]
+def trials(spec: Any) -> list[dict[str, Any]]:
+    """The settings to try: factors of the learning rate, where a learner or its host has one."""
+    return [{}, *({"lr": factor} for factor in FACTORS[1:])] if _has_rate(make(spec)) else [{}]
 
 
 def configured(spec: Any, common: Mapping[str, Any], setting: Mapping[str, Any]) -> Learner:
-    """A learner by name or config with the common settings that it knows; "lr" is a factor of its learning rate."""
+    """A learner by name or config with the common settings that it knows; "lr" is a factor of its learning rate, and
+    of its host's."""
     learner: Learner = make(_with_common(spec, common))
-    if "lr" not in setting:
-        return learner
-    given = {field.name: getattr(learner, field.name) for field in fields(learner) if field.init}
-    return type(learner)(**{**given, "optimizer": given["optimizer"].scaled(setting["lr"])})
+    return _faster(learner, setting["lr"]) if "lr" in setting else learner
+
+
+def _has_rate(learner: Learner) -> bool:
+    given = settings(learner)
+    return "optimizer" in given or ("host" in given and _has_rate(_host(given["host"])))
+
+
+def _faster(learner: Learner, factor: float) -> Learner:
+    given = settings(learner)
+    if "optimizer" in given:
+        given["optimizer"] = given["optimizer"].scaled(factor)
+    if "host" in given:
+        given["host"] = describe(_faster(_host(given["host"]), factor))
+    return type(learner)(**given)
+
+
+def _host(spec: Any) -> Learner:
+    """The learner that another one works on."""
+    host: Learner = make(spec, wing="keep")
+    return host
 
 
 def _with_common(spec: Any, common: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,9 @@ ratios). A model in ruins can have a high p-value: one is never shown without th
 
 Settings are chosen on other authors: every method tries as many. The score of a trial is the harmonic mean of its
 utility, as a share of the retrained model's, and of 1 - the KS statistic.
+
+A guard (ECO) is measured through its interface, and marked: the weights behind it hold all that they held. It trains no
+epochs, so that its course is its end.
 """
 
 from __future__ import annotations
@@ -37,6 +40,7 @@ from engram.engine.recipe import Recipe
 from engram.engine.run import Run
 from engram.environment import require
 from engram.errors import EngramError, unknown
+from engram.models.guards import is_guard
 from engram.models.io import load
 from engram.models.seeding import seeded
 from engram.stats.seeds import derive, generator
@@ -61,7 +65,12 @@ def _preferring(name: str, **fixed: Any) -> tuple[dict[str, Any], ...]:
     )
 
 
+def _guarding(*settings: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
+    return tuple({"name": "forget.ECO", **setting} for setting in settings)
+
+
 _RATES = (1e-3, 3e-4, 1e-4, 3e-5)
+_ALL = 2**16  # coordinates of an embedding, or fewer
 METHODS: dict[str, tuple[dict[str, Any], ...]] = {
     "GA": _grid("GradientAscent", *_RATES),
     "GA+RT": _grid("GradientDifference", *_RATES),
@@ -78,6 +87,10 @@ METHODS: dict[str, tuple[dict[str, Any], ...]] = {
     "SimNPO+RT": (
         *_grid("SimNPO", 1e-3, 3e-4, retain_ratio=3.0),
         *_grid("SimNPO", 1e-3, 3e-4, retain_ratio=3.0, beta=4.5, retain_weight=5.0),
+    ),
+    "ECO": _guarding({"dims": _ALL}, {"dims": 1}, {"kind": "flip", "strength": float(_ALL)}),
+    "ECO-given": _guarding(  # strengths that were published for TOFU; all signs are turned in "ECO"
+        {"dims": _ALL, "strength": 5.0}, {"dims": _ALL, "strength": 50.0}, {"dims": 1, "strength": 50.0}
     ),
 }
 METHODS["NPO"] = tuple({**setting, "retain_weight": 0.0} for setting in METHODS["NPO"])
@@ -116,6 +129,10 @@ class Comparison:
         for name in self.methods:
             if name not in (NOTHING, *METHODS):
                 raise unknown("forgetter of language models", name, (NOTHING, *METHODS))
+        if not self.fractions or not all(0 < share < 1 for share in self.fractions):
+            raise EngramError(f"fractions {self.fractions}: a share of the authors lies between 0 and 1")
+        if not self.points or list(self.points) != sorted({*self.points}) or self.points[0] < 1:
+            raise EngramError(f"points {self.points}: epochs from 1 on, in increasing order")
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -365,14 +382,17 @@ class Contest(Work):
             request = Request.of_records(world, gone.ids).but(retain=kept)
             new = self.method(setting).forget(model, request, self._run(derive(cell.name), watch))
             seconds = time.process_time() - start - measuring
-            return [*found, {**base, "epoch": self.plan.points[-1], **self.measures(new, cell), "seconds": seconds}]
+            end = {**self.measures(new, cell), "seconds": seconds, "weights hold it": is_guard(new)}
+            return [*found, {**base, "epoch": self.plan.points[-1], **end}]
         except (EngramError, RuntimeError, ValueError, ArithmeticError) as error:
             failed = f"{type(error).__name__}: {error}".splitlines()[0]
             return [*found, {**base, "error": failed, "epoch": self.plan.points[-1], **dict.fromkeys(MEASURES)}]
 
     def method(self, setting: Mapping[str, Any]) -> Forgetter:
-        """A forgetter with a trial's setting, and what all have in common."""
+        """A forgetter with a trial's setting, and what all that train have in common."""
         given = dict(setting)
+        if "lr" not in given:
+            return make(given)
         optimizer = Optimizer("adamw", given.pop("lr"), weight_decay=0.01, schedule="linear", warmup=0.1, clip=1.0)
         common: dict[str, Any] = {
             "optimizer": optimizer,
@@ -459,9 +479,9 @@ def summarise(rows: Sequence[Row]) -> dict[str, Any]:
             }
         score = spread([row["score"] for row in mine if row["epoch"] == max(r["epoch"] for r in mine)])
         failed = sorted({row["error"] for row in mine if row["error"]})
-        found.append(
-            {"method": name, "score": score, "shares": by_share, "failed": failed, "setting": mine[0]["setting"]}
-        )
+        guard = any(row.get("weights hold it") for row in mine)
+        about = {"failed": failed, "guard": guard, "setting": mine[0]["setting"]}
+        found.append({"method": name, "score": score, "shares": by_share, **about})
     found.sort(key=lambda entry: -(entry["score"] or [-np.inf])[0])
     learnt = [row for row in rows if row["method"] == "learnt"]
     knowledge = {key: spread([row[key] for row in learnt]) for key in ("known", "word for word", "known of others")}
@@ -483,8 +503,9 @@ def table_rows(summary: Mapping[str, Any]) -> Iterator[str]:
             (utility, half), quality, said = (
                 values[key] or [float("nan")] * 2 for key in ("utility", "forget quality", "forget ROUGE-L")
             )
-            failed = f"  failed: {entry['failed'][0]}" if entry["failed"] else ""
-            yield f"{entry['method']:<22} {utility:>8.3f} ± {half:<5.3f} {quality[0]:>15.2g} {said[0]:>15.3f}{failed}"
+            more = "  a guard: the weights hold it" if entry["guard"] else ""
+            more += f"  failed: {entry['failed'][0]}" if entry["failed"] else ""
+            yield f"{entry['method']:<22} {utility:>8.3f} ± {half:<5.3f} {quality[0]:>15.2g} {said[0]:>15.3f}{more}"
 
 
 def _spread(table: Table, count: int) -> Table:

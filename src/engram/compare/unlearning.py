@@ -7,7 +7,8 @@ against test rows of the same classes). 0 is as good as retraining.
 
 Settings are chosen on a tuning request of the same kind (another class, other rows) with the first seed: every method
 has the same number of trials and of seconds, whichever ends first, and the setting with the smallest gap is frozen.
-Trials are rows of the table too. A method that fails has a row that says so.
+Trials are rows of the table too. A method that fails has a row that says so; with two jobs or more, also one that takes
+its process down.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ from engram.engine.recipe import Recipe
 from engram.engine.run import Run
 from engram.errors import unknown
 from engram.files import write_atomic
+from engram.models.guards import is_guard
 from engram.stats.membership import threshold_attack
 from engram.stats.seeds import derive, generator
 
@@ -134,17 +136,19 @@ class Contest(Work):
         self.recipe(few, 0)
         one = 10 * (time.perf_counter() - start)
         plan, (tuning, reported) = self.plan, self.cells()
-        models = len(plan.seeds) + (len(plan.requests) + len(plan.requests)) * plan.oracles
-        trials = len(tuning) * min(plan.budget, plan.trials * one)
-        total = models * one + (trials + len(reported) * one) / plan.jobs
+        models = len(plan.seeds) + 2 * len(plan.requests) * plan.oracles
+        cost = {name: one * trainings(name) for name in plan.names}
+        trials = sum(max(cost[c.method], min(plan.budget, plan.trials * cost[c.method])) for c in tuning)
+        total = models * one + (trials + sum(cost[c.method] for c in reported)) / plan.jobs
         return (
             f"{len(plan.names)} methods, {len(plan.requests)} kinds of requests, {len(plan.seeds)} seeds: "
             f"{models} models to train, {len(tuning)} searches, {len(reported)} cells; "
-            f"at most about {total / 60:.0f} minutes"
+            f"about {max(1.0, total / 60):.0f} minutes, if no method takes longer than the trainings that it needs"
         )
 
     def execute(self) -> list[Row]:
-        """Do the work; the rows of the table, which is written with a summary and a ranking."""
+        """Do the work; the rows of the table, which is written with a summary and a ranking (without guards, and
+        without what failed anywhere)."""
         self.claim()
         tuning, reported = self.cells()
         self._models()
@@ -153,7 +157,7 @@ class Contest(Work):
         rows = [*trials, *self.all(reported, [chosen.get((c.method, c.kind), {}) for c in reported])]
         summary = summarise(rows)
         self.write(TABLE, rows, summary)
-        names = [entry["method"] for entry in summary["methods"]]
+        names = [entry["method"] for entry in summary["methods"] if not (entry["guard"] or entry["failed"])]
         better = names[: names.index(NOTHING)] if NOTHING in names else names  # those that beat doing nothing
         order = [name for name in better if name not in CALIBRATION]
         made = {"date": f"{datetime.now(UTC):%Y-%m-%d}", "data": self.plan.data, "order": order}
@@ -225,20 +229,27 @@ class Contest(Work):
             method = configured(cell.method, setting)
             row["needed"] = sorted(map(str, _needed(method, request)))
             new = method.forget(model, _only(request, _needed(method, request)), run)
+            seconds = time.process_time() - start
+            values = self.measures(new, request)
         except Exception as error:  # of a method that may be anybody's: its row says so, the others go on
-            return {**row, "error": f"{type(error).__name__}: {error}".splitlines()[0], **dict.fromkeys(MEASURES)}
-        seconds = time.process_time() - start
-        values, means = self.measures(new, request), self.usual(cell.kind, cell.tuning)
+            said = f"{type(error).__name__}: {error}".splitlines()[0]
+            return {**row, "error": said, **dict.fromkeys(MEASURES)}
+        means = self.usual(cell.kind, cell.tuning)
         gaps = [abs(values[name] - means[name]) for name in values if np.isfinite(values[name])]
         return {
             **row,
             **values,
             **{f"oracle {name}": value for name, value in means.items()},
             "gap": float(np.mean(gaps)) if all(map(np.isfinite, gaps)) else float("inf"),
+            "weights hold it": is_guard(new),
             "seconds": seconds,
             "steps": run.cost.steps,
             "rows": run.cost.rows,
         }
+
+    def died(self, cell: Cell, setting: Mapping[str, Any]) -> list[Row]:
+        row = {**asdict(cell), "setting": dict(setting), "chosen": False, **dict.fromkeys(MEASURES)}
+        return [{**row, "error": "it took its process down (out of memory, or a fault in native code)"}]
 
     def measures(self, model: nn.Module, request: Request) -> dict[str, float]:
         """Accuracy on forget, retain and test rows; AUC of telling forget rows from test rows of their classes."""
@@ -270,6 +281,12 @@ def spaces(name: str) -> list[dict[str, Any]]:
     return [{}, *({key: value} for value in others)]
 
 
+def trainings(name: str) -> int:
+    """How many models a method trains for a request, by its settings; 1 for one that trains on the model."""
+    method: Any = _Nothing() if name == NOTHING else make(name)
+    return max(1, int(getattr(method, "models", 1)), int(getattr(method, "oracles", 1)))
+
+
 def configured(name: str, setting: Mapping[str, Any]) -> Forgetter:
     """A method with a setting; for the optimiser, a factor of its learning rate."""
     if name == NOTHING:
@@ -288,7 +305,8 @@ class _Nothing(Forgetter):
 
 
 def summarise(rows: Sequence[Row]) -> dict[str, Any]:
-    """By method, best first: mean gap over requests and seeds, by request with its spread, cost against retraining."""
+    """By method, best first: mean gap over requests and seeds, by request with its spread, cost against retraining, and
+    what the trials for its settings cost beside that, mean over requests."""
     reported = [row for row in rows if not row["tuning"]]
     retrained = [row for row in reported if row["method"] == CALIBRATION[0] and not row["error"]]
     base = {(row["kind"], row["seed"]): row["seconds"] for row in retrained}
@@ -309,14 +327,25 @@ def summarise(rows: Sequence[Row]) -> dict[str, Any]:
                 "method": name,
                 "gap": spread([row["gap"] for row in fine]),
                 "failed": sorted({row["error"] for row in mine if row["error"]}),
+                "guard": any(row.get("weights hold it") for row in fine),
                 "kinds": kinds,
                 "cost": spread(shares),
+                "search": _search([row for row in rows if row["tuning"] and row["method"] == name], base),
                 "needed": mine[0].get("needed", []),
                 "settings": settings,
             }
         )
     found.sort(key=lambda entry: (len(entry["failed"]) > 0, entry["gap"][0] if entry["gap"] else np.inf))
     return {"format": FORMAT, "methods": found}
+
+
+def _search(trials: Sequence[Row], base: Mapping[tuple[str, int], float]) -> float:
+    """CPU seconds of the trials against those of retraining, mean over the kinds of requests; 0 without trials."""
+    spent: dict[tuple[str, int], float] = {}
+    for row in trials:
+        at = row["kind"], row["seed"]
+        spent[at] = spent.get(at, 0.0) + (row["seconds"] or 0.0)
+    return float(np.mean([seconds / base[at] for at, seconds in spent.items() if base.get(at)] or [0.0]))
 
 
 def _cluster(rows: Table) -> Table:

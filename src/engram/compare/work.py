@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -62,12 +63,12 @@ class Work:
         measure: Callable[[Mapping[str, Any]], Row],
         score: Callable[[Row], float],
     ) -> list[Row]:
-        """The rows of as many trials as the plan's `trials` and `budget` allow, at least one; the one with the highest
-        score is chosen, if it did not fail."""
+        """The rows of as many trials as the plan's `trials` and `budget` (seconds of CPU, so that a busy machine costs
+        nobody a trial) allow, at least one; the one with the highest score is chosen, if it did not fail."""
         found: list[Row] = []
-        start = time.perf_counter()
+        start = time.process_time()
         for setting in settings[: self.plan.trials]:
-            if found and time.perf_counter() - start > self.plan.budget:
+            if found and time.process_time() - start > self.plan.budget:
                 break
             found.append(measure(setting))
         best = max(found, key=lambda row: -np.inf if row["error"] else score(row))
@@ -95,13 +96,32 @@ class Work:
         left = [(cell, setting) for cell, setting in pairs if not self._file(cell).exists()]
         if left and self.progress is not None:
             self.progress.say(f"{len(left)} of {len(cells)} cells to do")
-        self.each(left, "keep")
+        try:
+            self.each(left, "keep")
+        except BrokenProcessPool:  # some cell took its process down, and others with it: now one at a time
+            for pair in left:
+                if not self._file(pair[0]).exists():
+                    self._alone(pair)
         return [row for cell in cells for row in json.loads(self._file(cell).read_text())]
 
     def keep(self, pair: tuple[Cell, Mapping[str, Any]]) -> None:
         """Do a cell with its setting and write its rows."""
         cell, setting = pair
         write_atomic(self._file(cell), json.dumps(self.do(cell, setting)))
+
+    def _alone(self, pair: tuple[Cell, Mapping[str, Any]]) -> None:
+        """Do a cell in a process of its own, and if it takes that down, write what is left to say."""
+        from joblib import Parallel, delayed
+
+        try:
+            Parallel(n_jobs=2)([delayed(_elsewhere)(type(self), self.plan, self.out, "keep", pair)])
+        except BrokenProcessPool:
+            write_atomic(self._file(pair[0]), json.dumps(self.died(*pair)))
+
+    def died(self, cell: Any, setting: Mapping[str, Any]) -> list[Row]:
+        """The rows of a cell that took its process down: out of memory, or a fault in native code. Without any, the
+        comparison ends there."""
+        raise EngramError(f"{cell.name} took its process down (out of memory?); leave that method out")
 
     def each(self, things: Sequence[Any], name: str) -> None:
         """Call the method of this name with each of the things, in `jobs` processes."""

@@ -35,7 +35,7 @@ from engram.engine.run import Run
 from engram.errors import EngramError, unknown
 from engram.files import LEFT, SUMS, new_directory, sweep, write_atomic
 from engram.models import io
-from engram.models.guards import Wrapper
+from engram.models.guards import is_guard
 
 FORMAT = 1
 Account = dict[str, Any]
@@ -96,7 +96,7 @@ class Choice:
 @dataclass
 class Desk:
     """One request on one model. `directory`: of a model or learner; `data`: the rows it was trained on, as far as they
-    are at hand; `columns`: id, label, text, image, prompt."""
+    are at hand; `columns`: id, label, text, image, prompt. `ranking`: the order of "auto", if not the usual one."""
 
     directory: Path
     data: str
@@ -104,6 +104,7 @@ class Desk:
     columns: Mapping[str, Any] = field(default_factory=dict)
     recipe: Path | None = None
     statistics: Path | None = None
+    ranking: Path | None = None
     ignore_missing: bool = False
     device: str = "cpu"
     seed: int = 0
@@ -137,7 +138,8 @@ class Desk:
             made.check(self.request)
             return Choice(made, name_of(made), "as was asked for", ())
         have = self.request.have()
-        made = [forgetter for name in automatic(self.request) if _takes(forgetter := make(name), self.request)]
+        order = automatic(self.request, self.ranking)
+        made = [forgetter for name in order if _takes(forgetter := make(name), self.request)]
         if not made:
             raise EngramError("none of the usual methods takes a concept; name one with --method (engram methods)")
         lacks = [(name_of(m), "" if satisfied(m.needs, have) else f"lacks {lacking(m.needs, have)}") for m in made]
@@ -225,12 +227,15 @@ class Desk:
             "method": describe(choice.method) if choice.method is not None else {"name": choice.name},
             "needed": sorted(self._needed(choice)),
             "exact": exact,
-            "weights_hold_it": isinstance(result, Wrapper) and not result.erases_weights,
+            "weights_hold_it": is_guard(result),
             "residue": residue,
             "before": io.digest(self.model),
             "cost": asdict(run.cost),
             "environment": environment(self.device),
         }
+        lost: Mapping[int, float] = getattr(result, "lost", {}) if choice.method is None else {}
+        if lost:  # a learner that forgets in its own way knows what that cost the classes that stay
+            account["lost"] = {str(self.table.names.get(c, c)): round(share, 4) for c, share in sorted(lost.items())}
         return account | notes.action(account)
 
     def _claim(self, work: Path, choice: Choice) -> str:

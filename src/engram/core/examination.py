@@ -24,7 +24,7 @@ from engram.engine.run import Run
 from engram.errors import EngramError
 from engram.files import check_sums, new_directory
 from engram.models import io
-from engram.models.guards import Wrapper
+from engram.models.guards import is_guard
 
 FORMAT = 1
 AUDIT = "audit.json"
@@ -94,7 +94,7 @@ class Audit:
             "remarks": request.remarks(),
             "method": account.get("method"),
             "exact": account.get("exact", False),
-            "weights_hold_it": isinstance(after, Wrapper) and not after.erases_weights,
+            "weights_hold_it": is_guard(after),
             "residue": account.get("residue"),
             "before": io.digest(desk.model),
             "after": io.digest(after),

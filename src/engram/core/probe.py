@@ -102,6 +102,8 @@ class Subject:
         """Train those models that are not there yet; each is shared under the name by which `_model` asks for it."""
         assert self.recipe is not None
         missing = run.phase("missing", lambda: [k for k in wanted if not run.has_shared(self._name(role, k, run))])
+        if not missing:
+            return
         table = self._trained_on(role)
         rows = [self._rows(role, k, len(table), run) for k in missing]
         made = fit_many(self.recipe, table, rows, [self._seed(role, k, run) for k in missing], run)

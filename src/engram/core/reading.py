@@ -43,7 +43,7 @@ def rows_for(directory: str | Path, model: nn.Module, source: str | Path, **colu
     known = preprocessing_of(folder) or preprocessing_of(folder.parent)
     table, _ = read_with(source, preprocessing=known, image_size=_size(processor), **columns)
     table = _normalised(table, processor)
-    if "text" in table.extra and any((folder / name).exists() for name in TOKENIZERS):
+    if "text" in table.extra and "input_ids" not in table.inputs and (words or _homes(folder)):
         table = tokenised(table, _tokenizer(folder), prompt=prompt, answers=words)
     if known is None:
         table = _named_as(table, model)
@@ -84,9 +84,13 @@ def _padded(rows: list[list[int]], value: int) -> Tensor:
     return torch.tensor([row + [value] * (longest - len(row)) for row in rows], dtype=torch.int64)
 
 
+def _homes(folder: Path) -> list[Path]:
+    """Where a tokenizer lies: a model's directory, or the learner's directory around it."""
+    return [home for home in (folder, folder.parent) if any((home / name).exists() for name in TOKENIZERS)]
+
+
 def _tokenizer(folder: Path) -> Any:
-    """That of a model's directory, or of the learner's directory around it."""
-    homes = [home for home in (folder, folder.parent) if any((home / name).exists() for name in TOKENIZERS)]
+    homes = _homes(folder)
     if not homes:
         raise EngramError(f"no tokenizer lies in {folder}; put its files ({TOKENIZERS[0]}, …) beside the model")
     folder = homes[0]

@@ -24,6 +24,7 @@ from engram.engine.answers import told, truths
 from engram.engine.predict import hits
 from engram.engine.run import Run
 from engram.errors import EngramError, unknown
+from engram.models.guards import is_guard
 from engram.stats.seeds import generator
 from engram.stats.text import rouge_l
 
@@ -128,6 +129,7 @@ class Timeline:
             **self._entry(step, story),
             "method": done.method,
             "exact": done.exact,
+            "weights_hold_it": is_guard(story.learner.model),
             "residue": list(done.residue),
             "ids": list(request.ids),
             "classes": classes,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,6 +16,7 @@ from engram.core.needs import Need, satisfied
 from engram.core.probe import Probe, Subject
 from engram.core.request import Classes, Records, Request
 from engram.core.settings import make
+from engram.core.stored import read_json
 from engram.data.table import Table, Target
 from engram.engine.recipe import Trainer
 from engram.engine.run import Run
@@ -90,10 +90,19 @@ def examine(
     named = PROBES if probes is None else probes
     asked = [probe if isinstance(probe, Probe) else make(probe, wing="audit") for probe in named]
     if probes is None:
-        asked = [probe for probe in asked if probe.asks <= subject.has()]
+        asked = [probe for probe in asked if _can(probe, subject)]
     for probe in asked:
         probe.check(subject)
     return [finding for probe in asked for finding in probe.examine(subject, run)]
+
+
+def _can(probe: Probe, subject: Subject) -> bool:
+    """Whether the probe can do with this subject."""
+    try:
+        probe.check(subject)
+    except EngramError:
+        return False
+    return True
 
 
 def request_for(
@@ -112,12 +121,18 @@ def request_for(
     return Request(Records(forget.ids), forget, retain, at_hand=at_hand)
 
 
-def automatic(request: Request) -> tuple[str, ...]:
+def automatic(request: Request, ranking: Path | None = None) -> tuple[str, ...]:
     """The order in which "auto" asks which forgetter can be used: retraining first, then as they were ranked by their
-    gap to retrained models, which was measured on classes; for other targets a usual order."""
+    gap to retrained models, which was measured on classes; for other targets a usual order. `ranking`: the file that a
+    comparison of one's own wrote, whatever the target. EngramError if it is none."""
     table = request.forget if request.forget is not None else request.retain
-    if table is not None and table.target == Target.CLASSES and RANKING.exists():
-        return ("forget.Retrain", *json.loads(RANKING.read_text(encoding="utf-8"))["order"])
+    if ranking is None and table is not None and table.target == Target.CLASSES and RANKING.exists():
+        ranking = RANKING
+    if ranking is not None:
+        order = read_json(ranking).get("order")
+        if not isinstance(order, list):
+            raise EngramError(f"{ranking} is no ranking, as engram compare unlearning writes it")
+        return ("forget.Retrain", *order)
     return ("forget.Retrain", *USUAL)
 
 

@@ -176,7 +176,8 @@ def trak(
 
     `width`: dimensions after the projection; at least as many as there are trainable parameters means no projection.
     EngramError for no checkpoints and rows without labels. Cost: a per-row gradient of each row (numbers: of each
-    output), C of each query; memory 32 P + n width + r q C.
+    output), C of each query. Memory: about 4 * 32 * P numbers while gradients of 32 rows are formed and projected, then
+    four times n width for numbers of 8 bytes (times the outputs, where labels are numbers), and r q C of 4.
     """
     return torch.stack([one.scores(queries, rows) for one in _tracers(checkpoints, table, width, run)]).mean(0)
 

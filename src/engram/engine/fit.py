@@ -114,10 +114,11 @@ class _Loop:
                 count += 1
             rows += _rows(batch)
         total, rows = _summed([total, rows.to(self.run.device)])
-        if not bool(torch.isfinite(total)):
+        lost = "the loss is" if not bool(torch.isfinite(total)) else "weights are" if self._broken() else None
+        if lost is not None:
             where = "/".join(self.run.path)
             raise EngramError(
-                f"the loss is no number any more in epoch {self.epoch + 1} of {where}: lower the learning rate or clip "
+                f"{lost} no number any more in epoch {self.epoch + 1} of {where}: lower the learning rate or clip "
                 "the gradient; what was there before this training is unchanged"
             )
         self.run.cost.rows += int(rows)
@@ -126,6 +127,10 @@ class _Loop:
         if self.run.watch is not None:
             self.run.watch(self.run.path, self.epoch, self.model)
         self._checkpoint()
+
+    def _broken(self) -> bool:
+        """Whether the last update left a weight that is not finite, which no loss has told of yet."""
+        return not all(bool(torch.isfinite(p.detach()).all()) for p in self.model.parameters() if p.requires_grad)
 
     def _updates(self, batch: Any) -> Iterable[Tensor]:
         """Do the batch's updates; the loss of each, detached (this process's share of it)."""

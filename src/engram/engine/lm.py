@@ -23,7 +23,7 @@ from engram.errors import EngramError
 Answers = Sequence[Sequence[int]]
 
 
-def sequence_logp(logits: Tensor, labels: Tensor, reduce: str = "sum") -> Tensor:
+def sequence_logp(logits: Tensor, labels: Tensor, reduce: str) -> Tensor:
     """log p(answer | question) of every row, [B].
 
     Token labels [B, T] with logits [B, T, V]: the `sum` over the answer's tokens, or their `mean`; class labels [B]
@@ -32,7 +32,7 @@ def sequence_logp(logits: Tensor, labels: Tensor, reduce: str = "sum") -> Tensor
     return -per_row(logits, labels, reduce=reduce)
 
 
-def answer_logp(model: Any, batch: Batch, reduce: str = "sum") -> Tensor:
+def answer_logp(model: Any, batch: Batch, reduce: str) -> Tensor:
     """log p(answer | question) of every row of a batch under a model, [B], with its gradient."""
     batch = batch.trimmed()
     assert batch.labels is not None

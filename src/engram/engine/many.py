@@ -72,6 +72,8 @@ def fit_many(
         raise EngramError(f"there are {len(rows)} subsets and {len(seeds)} seeds; every model has one of each")
     if not all(len(chosen) for chosen in rows):
         raise EngramError("a model cannot be trained on no rows: a subset is empty")
+    if rows and isinstance(recipe, Recipe):
+        recipe.check(table)
     with run.scope("many"):
         jobs, workers = run.phase("plan", lambda: _plan(recipe, table, rows, seeds, run, how, workers))
         run.report.say(_sentence(jobs, workers))

@@ -35,9 +35,9 @@ class Recipe:
     classes: tuple[int, ...] = ()
 
     def __call__(self, table: Table, seed: int, run: Run | None = None) -> nn.Module:
-        """Train on the table; draws follow from `seed` and the table's row order alone."""
-        if not len(table):
-            raise EngramError("a model cannot be trained on no rows")
+        """Train on the table; draws follow from `seed` and the table's row order alone. EngramError for no rows, and
+        for rows without labels."""
+        self.check(table)
         outer = run or Run()
         with outer.scope("recipe"):  # a training's checkpoints stand beside those of others of the same run and seed
             return self._train(table, outer.with_seed(seed))
@@ -62,6 +62,13 @@ class Recipe:
             name="train",
         )
         return model.eval()
+
+    def check(self, table: Table) -> None:
+        """EngramError for a table that nothing can be learnt from."""
+        if not len(table):
+            raise EngramError("a model cannot be trained on no rows")
+        if table.labels is None or (table.target == Target.CLASSES and not table.classes):
+            raise EngramError(f"a recipe trains on labelled rows, and none of these {len(table)} has a label")
 
     def order(self, run: Run) -> int:
         """The seed of the order of the rows."""

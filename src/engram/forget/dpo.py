@@ -54,6 +54,6 @@ class DPO(Retaining):
 
     def terms(self, model: nn.Module, forget: Batch, retain: Batch | None) -> Mean:
         preferred = of_same_rows(self.preferred, forget)
-        gain = answer_logp(model, preferred) - self.preferred_before(preferred)
-        loss = answer_logp(model, forget) - self.rejected_before(forget)
+        gain = answer_logp(model, preferred, reduce="sum") - self.preferred_before(preferred)
+        loss = answer_logp(model, forget, reduce="sum") - self.rejected_before(forget)
         return self.with_retain(rejection(loss - gain, self.beta), model, retain)

@@ -55,5 +55,5 @@ class NPO(Retaining):
         self.reference: RowCache = reference_logp(model, rows(request.forget), run, "reference log-probabilities")
 
     def terms(self, model: nn.Module, forget: Batch, retain: Batch | None) -> Mean:
-        ratio = answer_logp(model, forget) - self.reference(forget)
+        ratio = answer_logp(model, forget, reduce="sum") - self.reference(forget)
         return self.with_retain(rejection(ratio, self.beta), model, retain)

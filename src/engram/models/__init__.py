@@ -14,7 +14,7 @@ from typing import Any
 _PLACES = {
     "config": ("Configured",),
     "encoders": ("MLP", "ConvNet", "Encoder", "Identity"),
-    "guards": ("Wrapper", "sharing"),
+    "guards": ("Wrapper", "is_guard", "sharing"),
     "heads": (
         "CosineHead", "Head", "LinearHead", "MatrixHead", "NearestMeanHead", "ValueHead", "predict_classes",
     ),

@@ -10,6 +10,11 @@ from torch import Tensor, nn
 from engram.models.config import Configured
 
 
+def is_guard(model: object) -> bool:
+    """Is this a guard, behind which the weights still hold what it hides?"""
+    return isinstance(model, Wrapper) and not model.erases_weights
+
+
 class Wrapper(Configured, nn.Module):
     """A model with something before and after it; a subclass overrides `before`, `after` or both.
 

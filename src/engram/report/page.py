@@ -204,6 +204,7 @@ def _requests(records: Sequence[Record], learners: Sequence[str]) -> list[dict[s
                 "learner": record["learner"],
                 "method": record["method"],
                 "exact": record["exact"],
+                "weights_hold_it": record.get("weights_hold_it", False),
                 "residue": len(record["residue"]),
                 "findings": [_finding(finding) for finding in record["findings"]],
                 "answers": record.get("answers", []),
@@ -252,9 +253,10 @@ def _contents(config: str, records: Sequence[Record]) -> list[dict[str, Any]]:
 
 def _content(rows: Table, k: int) -> dict[str, str]:
     shown = {"id": rows.ids[k]}
-    text = rows.extra.get("text")
-    if text is not None and not hasattr(text, "dim"):
-        shown["text"] = str(text[k])
+    columns = [rows.extra[name] for name in ("text", "question", "answer") if name in rows.extra]
+    texts = [str(column[k]) for column in columns if not hasattr(column, "dim")]
+    if texts:
+        shown["text"] = " ".join(texts)
     if "pixel_values" in rows.inputs:
         shown["image"] = _png(rows.batch(rows.rows_of([rows.ids[k]])).inputs["pixel_values"][0])
     return shown

@@ -77,15 +77,20 @@ def claims(seeds: Iterable[int]) -> list[Claim]:
 def drift(beta: float | None, seed: int, steps: int = 8000) -> float:
     """Growth of the logits' root mean square from a quarter of the steps to all, of logistic regression on 8 points in
     32 dimensions that NPO (None: gradient ascent) pushes away from labels drawn at random; lr 1."""
+    sizes = course(beta, seed, steps)
+    return sizes[-1] / sizes[steps // 4 - 1]
+
+
+def course(beta: float | None, seed: int, steps: int) -> list[float]:
+    """The logits' root mean square after each step."""
     draws = generator("drift", seed)
     x = torch.randn(8, 32, generator=draws, dtype=torch.float64)
     x *= 1.0 - 2.0 * torch.randint(2, (8, 1), generator=draws)  # log p(label) = log sigmoid(x w)
     gram, z, sizes = x @ x.T / 8, torch.zeros(8, dtype=torch.float64), []  # all that matters of w is z = x w
-    for step in range(1, steps + 1):
+    for _ in range(steps):
         z = z - gram @ (_force(z, beta) * torch.sigmoid(-z))
-        if step in (steps // 4, steps):
-            sizes.append(float(z.square().mean().sqrt()))
-    return sizes[1] / sizes[0]
+        sizes.append(float(z.square().mean().sqrt()))
+    return sizes
 
 
 def _force(z: Tensor, beta: float | None) -> Tensor:

@@ -1,13 +1,23 @@
 """Noise that raises the Bayes error makes images hard to learn from. On two moons, and on digits with a small CNN.
 
-Digits are an easy set, whose classes a change of 0.2 a pixel cannot make overlap: what the paper reports of CIFAR-10,
-that clean and protected images together teach less than the clean ones alone, is measured here and does not hold.
+Clean images beside protected ones teach less than the clean ones alone where a bounded change takes an image about as
+far as other classes are: on digits of 4 x 4 pixels (means of 2 x 2) with a change of 0.15. On digits of 8 x 8 pixels,
+which lies outside its band, they do not; nor with a change of 0.2, with 200 steps and a fresh network at each, with
+narrower kernels, fewer rows or classes that are alike. The protected half alone teaches less there too, but beside a
+clean half it helps or does nothing. A likely reason: the Bayes error that rises is that of the protected images in
+features that were learnt from them, and a network that sees both halves has other features to tell clean images by,
+unless the change reaches across classes. The paper reports harm on CIFAR-10, with 200 to 2000 networks.
+
+Error-minimising noise takes little or nothing: on the mean of three seeds it lies at the end of its band, which is
+within what test rows and networks scatter by. Settings were looked for on seeds 100 to 102.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cache
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -20,25 +30,37 @@ from engram.engine.optimizer import Optimizer
 from engram.engine.predict import accuracy
 from engram.engine.recipe import Recipe
 from engram.engine.run import Run
-from engram.protect.bayes_error_noise import BayesErrorNoise, bayes_error
+from engram.protect.bayes_error_noise import PIXELS, BayesErrorNoise, bayes_error
 from engram.reproduce.claims import Claim
 from engram.reproduce.digits import digits
 from engram.stats.seeds import generator
 
 EPS, SIGMA = 0.3, 0.3  # of the moons
-NOISE = 0.2  # of the digits
+NOISE = 0.15  # of the digits
+NETWORKS = 2  # that an accuracy is the mean of
 BELOW = 0.005  # accuracy that is lower by less counts as the same: under three of the 540 test rows
 CNN = {"name": "ConvNet", "widths": [16, 32]}
 RECIPE = Recipe(CNN, Optimizer(lr=1e-2, schedule="cosine"), epochs=15, batch_size=64)
-METHOD = BayesErrorNoise(eps=NOISE, steps=60, refresh=3, optimizer=Optimizer(lr=0.02), recipe=replace(RECIPE, epochs=8))
+METHOD = BayesErrorNoise(eps=NOISE, steps=20, refresh=2, optimizer=Optimizer(lr=0.03), recipe=replace(RECIPE, epochs=5))
+
+
+@dataclass(frozen=True)
+class Taught:
+    """Half of the digits of a size are clean, half are protected. `rise` of the Bayes error of these; accuracy on clean
+    test rows minus that by the clean half: `alone` of the protected half, of `both`, of `minimising` noise and both."""
+
+    rise: float
+    alone: float
+    both: float
+    minimising: float
 
 
 def claims(seeds: Iterable[int]) -> list[Claim]:
     """The Bayes error before and after, and test accuracy on clean digits; half of the training rows are protected."""
-    on_moons = [_moons(seed) for seed in seeds]
-    found = [_digits(seed) for seed in range(len(on_moons))]
-    before, after, random = zip(*on_moons, strict=True)
-    rise, alone, together, minimising = zip(*found, strict=True)
+    seeds = tuple(seeds)
+    before, after, random = zip(*map(_moons, seeds), strict=True)
+    coarse = [taught(seed) for seed in seeds]
+    fine = tuple(_both_fine(seed) for seed in seeds)
     return [
         Claim("Bayes error of two moons after the ascent", "0.318, from 0.066", (0.25, 0.45), after),
         Claim(
@@ -48,16 +70,35 @@ def claims(seeds: Iterable[int]) -> list[Claim]:
             tuple(a / r for a, r in zip(after, random, strict=True)),
         ),
         Claim("Bayes error of two moons before", "0.066", (0.03, 0.1), before),
-        Claim("rise of the Bayes error of digits, features of fresh networks", "it rises", (0.1, 0.9), rise),
-        Claim("accuracy of protected digits alone minus that of clean ones", "below 0", (-1.0, -0.01), alone),
+        Claim(
+            "rise of the Bayes error of digits, 4 x 4 pixels, features of fresh networks",
+            "it rises",
+            (0.1, 0.9),
+            tuple(one.rise for one in coarse),
+        ),
+        Claim(
+            "accuracy of protected digits alone minus that of clean ones",
+            "below 0",
+            (-1.0, -0.01),
+            tuple(one.alone for one in coarse),
+        ),
         Claim(
             "accuracy of clean and protected digits minus that of the clean ones",
             "-0.21 (CIFAR-10)",
             (-1.0, -BELOW),
-            together,
+            tuple(one.both for one in coarse),
         ),
         Claim(
-            "the same with error-minimising noise", "0.01 (CIFAR-10, best of those before)", (-BELOW, 1.0), minimising
+            "the same with error-minimising noise",
+            "0.01 (CIFAR-10, best of those before)",
+            (-BELOW, 1.0),
+            tuple(one.minimising for one in coarse),
+        ),
+        Claim(
+            "accuracy of clean and protected digits of 8 x 8 pixels minus that of the clean ones",
+            "-0.21 (CIFAR-10)",
+            (-1.0, -BELOW),
+            fine,
         ),
     ]
 
@@ -81,16 +122,40 @@ def _moons(seed: int) -> tuple[float, float, float]:
     return before, after, random
 
 
-def _digits(seed: int) -> tuple[float, float, float, float]:
-    """Rise of the error; accuracy minus that of the clean half: protected half, both, both with the other noise."""
-    train, test = digits()
+@cache
+def taught(seed: int) -> Taught:
+    """Measured on digits of 4 x 4 pixels."""
+    clean, own, test = halves(seed)
+    protected = METHOD.protect(own, Run(seed=seed))
+    half, alone, both, minimising = (
+        learnt(table, test, seed)
+        for table in (clean, protected, clean.concat(protected), clean.concat(error_minimising(own, seed)))
+    )
+    rise = METHOD.estimate(protected) - METHOD.estimate(own)
+    return Taught(rise, alone - half, both - half, minimising - half)
+
+
+def _both_fine(seed: int) -> float:
+    """`Taught.both` on digits of 8 x 8 pixels, by one network each."""
+    clean, own, test = halves(seed, pool=1)
+    both = clean.concat(METHOD.protect(own, Run(seed=seed)))
+    return learnt(both, test, seed, 1) - learnt(clean, test, seed, 1)
+
+
+def learnt(table: Table, test: Table, seed: int, networks: int = NETWORKS) -> float:
+    """Accuracy on test rows of networks that learn from a table, their mean."""
+    return fmean(accuracy(RECIPE(table, NETWORKS * seed + k), test) for k in range(networks))
+
+
+def halves(seed: int, pool: int = 2) -> tuple[Table, Table, Table]:
+    """Two halves of the training rows and the test rows, digits whose pixels are means of `pool` x `pool`."""
+    train, test = (_coarser(table, pool) for table in digits())
     order = shuffled(len(train), seed, 0)
-    clean, own = train.take(order[: len(train) // 2]), train.take(order[len(train) // 2 :])
-    protected = METHOD.protect(own)
-    tables = (clean, protected, clean.concat(protected), clean.concat(error_minimising(own, seed)))
-    half, *others = (accuracy(RECIPE(table, seed), test) for table in tables)
-    alone, together, minimising = (other - half for other in others)
-    return METHOD.estimate(protected) - METHOD.estimate(own), alone, together, minimising
+    return train.take(order[: len(train) // 2]), train.take(order[len(train) // 2 :]), test
+
+
+def _coarser(table: Table, pool: int) -> Table:
+    return replace(table, inputs={PIXELS: F.avg_pool2d(table.inputs[PIXELS].float(), pool)})
 
 
 def error_minimising(
@@ -116,14 +181,14 @@ def error_minimising(
     def renew(x: Tensor, k: int) -> None:
         start = trained[-1].requires_grad_(True) if trained else network
         recipe = replace(RECIPE, network=start, optimizer=Optimizer(lr=1e-2), epochs=1)
-        moved = replace(table, inputs={"pixel_values": x.cpu()})
+        moved = replace(table, inputs={PIXELS: x.cpu()})
         trained.append(recipe(moved, seed, run).requires_grad_(False))
 
     def easier(x: Tensor) -> Tensor:
         return -F.cross_entropy(trained[-1](pixel_values=x).logits, labels)
 
     moved = ascend(
-        table.inputs["pixel_values"],
+        table.inputs[PIXELS],
         easier,
         project=ball(eps, 0.0, 1.0),
         steps=rounds * steps,
@@ -132,4 +197,4 @@ def error_minimising(
         every=steps,
         run=run,
     )
-    return replace(table, inputs={"pixel_values": moved.cpu()})
+    return replace(table, inputs={PIXELS: moved.cpu()})
