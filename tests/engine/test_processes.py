@@ -44,6 +44,7 @@ from engram.engine.run import Run
 from engram.errors import EngramError
 from engram.models.build import build
 from engram.stats.seeds import generator
+from engram.testing.material import supplies
 
 Outcome = dict[str, Tensor]
 Pair = tuple[Batch, Batch]
@@ -250,7 +251,7 @@ def learning(name: str, folder: Path) -> Outcome:
 def forgetting(name: str, folder: Path) -> Outcome:
     """The first task's rows are forgotten, 25 of 50."""
     own, forgetter, run = material(), method(name), Run()
-    given = testing._supplies(forgetter, own)
+    given = supplies(forgetter, own)
     request = Request.of_records(own.train, own.tasks[0].train.ids).but(general=own.test, at_hand=given)
     model = forgetter.forget(own.model(), request, run)
     return {**model.state_dict(), "cost": cost(run)}
