@@ -299,10 +299,17 @@ def test_files_that_are_no_streams(tmp_path: Path) -> None:
     with pytest.raises(EngramError, match="sklearn"):
         chronological("sklern")
     path = tmp_path / "bad.yaml"
-    for content, says in (("a: [", "cannot be read"), ("a: 1", "no entries"), ("entries: [3]", "mapping")):
+    contents = (("a: [", "cannot be read"), ("a: 1", "no entries"), ("entries: 5", "no entries"))
+    for content, says in (*contents, ("entries: [3]", "mapping")):
         path.write_text(content)
         with pytest.raises(EngramError, match=says):
             chronological(path)
+    odd: tuple[dict[str, Any], ...] = ({"shape": [3]}, {"shape": [1, 8, 0]}, {"features": 0}, {"stop_year": "soon"})
+    for wrong in odd:
+        with pytest.raises(EngramError, match=f"{next(iter(wrong))} is"):
+            chronological(written(tmp_path, DIGITS, **wrong))
+    with pytest.raises(EngramError, match="the year of 'digits' is '19x8'"):
+        chronological(written(tmp_path, {**DIGITS, "year": "19x8"}))
     with pytest.raises(EngramError, match="30 columns"):
         chronological(written(tmp_path, {"name": "c", "year": 1, "source": "sklearn:breast_cancer"}, features=8))
     with pytest.raises(EngramError, match="derived from"):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import suppress
+from typing import Any
 
 import pytest
 import torch
@@ -20,8 +22,8 @@ from engram.errors import EngramError
 LEARNERS = [row.name for row in catalogue.methods() if row.wing == "keep"]
 
 
-def rows(name: str, classes: list[int], each: int, tag: str) -> Table:
-    shape, column = ((1, 8, 8), "pixel_values") if name in OF_IMAGES else ((8,), "values")
+def rows(name: str, classes: list[int], each: int, tag: str, size: int = 8) -> Table:
+    shape, column = ((1, size, size), "pixel_values") if name in OF_IMAGES else ((size,), "values")
     labels = torch.tensor(classes).repeat_interleave(each)
     draws = torch.Generator().manual_seed(sum(map(ord, tag)))
     values = torch.rand(len(labels), *shape, generator=draws) + labels.view(-1, *[1] * len(shape)) / 10
@@ -73,11 +75,54 @@ def test_a_task_with_one_record(learner: Learner) -> None:
     assert not bool(predict(learner.model, rows(name_of(learner), [0], 3, "new")).isnan().any())
 
 
+def test_an_empty_test_set(learner: Learner) -> None:
+    none = rows(name_of(learner), [0], 1, "none").take([])
+    assert math.isnan(accuracy(learner.model, none)) and len(predict(learner.model, none)) == 0
+
+
+def test_rows_of_another_size(learner: Learner) -> None:
+    """Networks of their own take them; else a sentence says what is wrong, and the learner goes on."""
+    with suppress(EngramError):
+        learn(learner, rows(name_of(learner), [2, 3], 6, "large", size=12), 1)
+    with pytest.raises(EngramError):
+        predict(learner.model, rows(name_of(learner), [0], 3, "larger", size=13))
+    assert not bool(predict(learner.model, rows(name_of(learner), [0], 3, "new")).isnan().any())
+
+
+class StoppedError(BaseException):
+    """Somebody presses a key."""
+
+
+@pytest.mark.parametrize("update", [1, 3])
+def test_a_task_that_is_interrupted(learner: Learner, update: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The learner goes on answering, and takes the task in when it comes again."""
+    second, backward, count = rows(name_of(learner), [2, 3], 12, "second"), torch.Tensor.backward, []
+
+    def stopped(loss: torch.Tensor, *given: Any, **settings: Any) -> None:
+        count.append(1)
+        if len(count) == update:
+            raise StoppedError
+        backward(loss, *given, **settings)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "backward", stopped)
+        try:
+            learn(learner, second, 1)
+            pytest.skip(f"has fewer than {update} updates")
+        except StoppedError:
+            assert not bool(predict(learner.model, rows(name_of(learner), [0], 3, "new")).isnan().any())
+    learn(learner, second, 1)
+    assert set(predict(learner.model, second).argmax(1).tolist()) <= {0, 1, 2, 3}
+
+
 def test_a_task_without_rows_or_labels(learner: Learner) -> None:
     some = rows(name_of(learner), [2], 6, "some")
     nobody = some.with_labels(torch.full((6,), MISSING))
-    with suppress(EngramError):
+    if type(learner).__name__ in ("Joint", "JointHead"):  # which have the rows of before
         learn(learner, some.take([]), 1)
-    with pytest.raises(EngramError):
+    else:
+        with pytest.raises(EngramError, match=r"no row with a label|has none"):
+            learn(learner, some.take([]), 1)
+    with pytest.raises(EngramError, match=r"no row with a label|has no label|has none"):
         learn(learner, nobody, 1)
     learn(learner, some, 2)  # and goes on

@@ -280,12 +280,17 @@ def test_a_query_takes_turns_among_predicted_classes_from_the_most_unusual(
         allowed = omega[(told == c) & (omega <= trained.reject)].sort(descending=True).values[:2]
         assert torch.equal(omega[rows][told[rows] == c].sort(descending=True).values, allowed)
     assert len(trained.query(pool, 10_000)) == int((omega <= trained.reject).sum())
+    assert len(trained.query(pool, 0)) == len(trained.query(pool.take([]), 3)) == 0
+    with pytest.raises(EngramError, match="-1 rows"):
+        trained.query(pool, -1)
 
 
 def test_familiar_tasks_come_first(of_clusters: OpenVariational) -> None:
     strange, familiar = Task(clusters(20, 2, range(4, 6))), Task(clusters(20, 2, range(2)))
     assert of_clusters.order([strange, familiar]) == [familiar, strange]
     assert of_clusters.order([familiar, strange], contrast=True) == [strange, familiar]
+    with pytest.raises(EngramError, match="task 3 has no rows"):
+        of_clusters.order([familiar, Task(clusters(20, 2).take([]), index=3)])
 
 
 def test_a_core_set_covers_the_distances_of_its_class(of_clusters: OpenVariational) -> None:

@@ -103,6 +103,8 @@ class Entry:
     fractions: Mapping[str, float] | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.year, int):
+            raise EngramError(f"the year of {self.name!r} is {self.year!r}; write a whole number")
         if self.kind not in KINDS:
             raise unknown(f"kind of {self.name!r}", self.kind, KINDS)
         if self.derive is not None and self.derive not in DERIVED:
@@ -189,7 +191,7 @@ def read_file(path: str | Path) -> StreamFile:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError, ValueError) as error:
         raise EngramError(f"the stream {file} cannot be read: {str(error).splitlines()[0]}") from error
-    if not isinstance(content, dict) or not content.get("entries"):
+    if not isinstance(content, dict) or not content.get("entries") or not isinstance(content["entries"], list):
         raise EngramError(f"the stream {file} has no entries; write a list of them under `entries`")
     try:
         entries = tuple(_record(Entry, entry, "entry") for entry in content["entries"])
@@ -224,8 +226,18 @@ def _checked(plan: StreamFile) -> None:
             raise EngramError(
                 f"{entry.name!r} is of {entry.of!r}, which has no rows of its own; name the entry that has"
             )
+    if not (isinstance(plan.shape, Sequence) and len(plan.shape) == 3 and all(map(_positive, plan.shape))):
+        raise EngramError(f"shape is {plan.shape!r}; write channels, height and width, as in [3, 16, 16]")
+    if not isinstance(plan.stop_year, int | None):
+        raise EngramError(f"stop_year is {plan.stop_year!r}; write a whole number")
+    if not _positive(plan.features):
+        raise EngramError(f"features is {plan.features!r}; write a number from 1")
     for name in [name for names in plan.variants.values() for name in names]:
         plan.entry(name)
+
+
+def _positive(value: Any) -> bool:
+    return isinstance(value, int) and value > 0
 
 
 # --- reading

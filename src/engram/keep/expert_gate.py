@@ -30,6 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from engram.core.learner import require_labels
 from engram.core.learning import GradientLearner
 from engram.core.needs import Need, Needs, needs
 from engram.core.trace import State
@@ -109,8 +110,9 @@ class ExpertGate(GradientLearner):
     def learn(self, task: Task, run: Run | None = None) -> None:
         """Train an autoencoder and an expert on the task's rows; EngramError for rows without classes, and for more
         classes than an expert has outputs."""
-        if task.train.target != Target.CLASSES or not task.train.classes:
+        if task.train.target != Target.CLASSES:
             raise EngramError(f"experts tell classes apart, and the target of these rows is {task.train.target}")
+        require_labels(task)
         if len(task.train.classes) > self.outputs:
             count = len(task.train.classes)
             raise EngramError(f"a task brings {count} classes, and an expert has {self.outputs} outputs; raise outputs")
@@ -133,7 +135,11 @@ class ExpertGate(GradientLearner):
             self.gate.standardise(features)
         u, other = self._split(features, task, run)
         number = len(self.choices)
-        self.train_gate(number, u, run)
+        try:
+            self.train_gate(number, u, run)
+        except BaseException:  # an interrupted task leaves no autoencoder without an expert
+            del self.gate.autoencoders[max(number, 1) :]
+            raise
         self.choices.append(self.choose(number, other))
         self._begin(self.choices[-1], task, run)
 

@@ -145,7 +145,7 @@ class NAPAVQ(GradientLearner):
         rows = task.train.of_classes(task.train.classes)
         if self.rotate:
             _square(rows)
-        super().learn(Task(rows, classes=task.classes), run)
+        super().learn(Task(rows, index=task.index, classes=task.classes), run)
 
     def first_model(self, task: Task, run: Run) -> nn.Module:
         model = super().first_model(task, run)

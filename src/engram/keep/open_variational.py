@@ -243,7 +243,10 @@ class OpenVariational(GradientLearner):
 
     def query(self, pool: Table, n: int, run: Run | None = None) -> Table:
         """The `n` rows of a pool that are most worth a label: the most unusual, but for those with omega above
-        `reject`, in turn from each predicted class. Fewer if there are no more. Labels are not read."""
+        `reject`, in turn from each predicted class. Fewer if there are no more. Labels are not read. EngramError for a
+        number below 0."""
+        if n < 0:
+            raise EngramError(f"{n} rows cannot be chosen; ask for 0 or more")
         omega, classes = predict(self.model, pool, _omega_and_class, run=run).unbind(1)
         order = omega.argsort(descending=True, stable=True)
         order = order[omega[order] <= self.reject]
@@ -251,7 +254,10 @@ class OpenVariational(GradientLearner):
 
     def order(self, tasks: Sequence[Task], contrast: bool = False, run: Run | None = None) -> list[Task]:
         """Tasks by the mean omega of their rows under the model as it is: the most familiar first, with `contrast` the
-        least. Learn the first, and ask again."""
+        least. Learn the first, and ask again. EngramError for a task without rows."""
+        bare = [task.index for task in tasks if not len(task.train)]
+        if bare:
+            raise EngramError(f"task {bare[0]} has no rows, so nothing can be said of it; leave it out")
         novelty = [float(predict(self.model, task.train, "novelty", run=run).mean()) for task in tasks]
         places = sorted(range(len(tasks)), key=lambda k: -novelty[k] if contrast else novelty[k])
         return [tasks[k] for k in places]
@@ -318,7 +324,13 @@ class OpenVariational(GradientLearner):
     def _check(self, rows: Table) -> None:
         """EngramError for inputs that the model, or its likelihood, cannot have."""
         likelihood = self.net.likelihood if self.started else self.likelihood
-        if likelihood == "bernoulli" and _likelihood(the_column(rows.inputs)[1]) != "bernoulli":
+        name, column = the_column(rows.inputs)
+        if self.started:
+            decoder: Any = self.net.decoder
+            had, got = decoder.out.out_features, math.prod(rows.shapes[name])
+            if had != got:
+                raise EngramError(f"the model was built for rows of {had} numbers; got {got}")
+        if likelihood == "bernoulli" and _likelihood(column) != "bernoulli":
             raise EngramError("rows outside of [0, 1] have no Bernoulli likelihood; say likelihood='gaussian'")
 
 

@@ -32,12 +32,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engram.core.learner import Forgetful, Learner
+from engram.core.learner import Forgetful, Learner, require_labels
 from engram.core.needs import Need, Needs
 from engram.core.request import Request
 from engram.core.settings import make, name_of
 from engram.core.trace import Seen, State
-from engram.data.table import Batch, Ids, Table
+from engram.data.table import Batch, Ids, Table, Target
 from engram.data.task import Task
 from engram.engine.fit import fit
 from engram.engine.losses import Mean, by_target
@@ -128,10 +128,11 @@ class VirtualOutliers(Learner):
 
     def learn(self, task: Task, run: Run | None = None) -> None:
         """The host's learning, then the head's phase."""
-        if not task.train.classes:
+        if task.train.target != Target.CLASSES:
             raise EngramError(
                 f"outliers are drawn around rows with class labels; the target here is {task.train.target}"
             )
+        require_labels(task)
         run = run or Run()
         self.inner.learn(task, run)
         with run.scope("virtual outliers"):
