@@ -119,6 +119,28 @@ def test_a_learner_goes_on_and_predicts(done: Path, capsys: pytest.CaptureFixtur
     assert not (tmp_path / "more").exists()
 
 
+def test_learning_on_overwrites_nothing(done: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = sorted(done.rglob("*"))
+    assert main(["learn", "--learner", str(done / "models" / "exact"), "--data", "iris.csv", "--out", str(done)]) == 2
+    assert "exists; choose another --out" in capsys.readouterr().err
+    assert sorted(done.rglob("*")) == before
+
+
+def test_a_device_that_is_not_there_is_named(done: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    learner = str(done / "models" / "exact")
+    assert main(["predict", "--model", learner, "--data", "sklearn:digits", "--device", "cpuu"]) == 2
+    assert "the device 'cpuu' cannot be used" in capsys.readouterr().err
+
+
+def test_prediction_says_so_when_nothing_is_left(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = TINY.replace("classes: [3]", "where: label >= 0, probes: []").replace("keep.NMC", "keep.ACU")
+    (tmp_path / "all.yaml").write_text(config)
+    assert main(["run", str(tmp_path / "all.yaml"), "--out", str(tmp_path / "run"), "--quiet"]) == 0
+    learner = str(tmp_path / "run" / "models" / "exact")
+    assert main(["predict", "--model", learner, "--data", "sklearn:digits"]) == 2
+    assert "no class is live" in capsys.readouterr().err
+
+
 def test_methods_says_so_when_nothing_is_possible(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["methods", "--wing", "forget", "--have", "model,forget-rows"]) == 0
     assert "no method of this wing can do with forget-rows, model" in capsys.readouterr().out

@@ -10,10 +10,19 @@ class EngramError(ValueError):
     """Something the user can mend: the message names the thing and says what would be right."""
 
 
+def nearest(name: object, names: Iterable[str]) -> str | None:
+    """The name that is most like one that does not exist; None if none is."""
+    return next(iter(get_close_matches(str(name), list(names), n=1, cutoff=0.5)), None)
+
+
 def unknown(kind: str, name: object, choices: Iterable[object]) -> EngramError:
     """The error for a name that does not exist, with the nearest one that does."""
     names = sorted({str(choice) for choice in choices})
-    near = get_close_matches(str(name), names, n=1, cutoff=0.5)
+    near = nearest(name, names)
     shown = ", ".join(names[:12]) + (f", … ({len(names)} in all)" if len(names) > 12 else "")
-    hint = f"did you mean {near[0]!r}?" if near else f"there {'is' if len(names) == 1 else 'are'}: {shown or 'none'}."
+    hint = (
+        f"did you mean {near!r}?"
+        if near is not None
+        else f"there {'is' if len(names) == 1 else 'are'}: {shown or 'none'}."
+    )
     return EngramError(f"unknown {kind} {str(name)!r}; {hint}")

@@ -274,6 +274,7 @@ def test_a_certificate_speaks_of_the_audited_weights_alone(
 
 REFUSED = {
     "unknown id": (["--forget", "@wrong.txt"], [], "1 of 2 ids are not in the data: digit-9999; --ignore-missing"),
+    "near id": (["--forget", "@near.txt"], [], "did you mean 'digit-"),
     "empty list": (["--forget", "@empty.txt"], [], "forget set is empty"),
     "no list": (["--forget", "@nothing.txt"], [], "cannot be read"),
     "unknown class": (["--classes", "thre"], [], "three"),
@@ -295,6 +296,7 @@ def test_bad_input_ends_in_a_sentence(
     case: str, desk: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (desk / "wrong.txt").write_text("digit-1\ndigit-9999\n")
+    (desk / "near.txt").write_text("digit-00003\n")
     (desk / "empty.txt").write_text("\n")
     what, more, sentence = REFUSED[case]
     assert forget(desk, tmp_path / "new", *(word.replace("@", f"{desk}/") for word in more), what=what) == 2

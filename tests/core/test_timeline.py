@@ -140,6 +140,9 @@ def test_resuming_with_another_config_is_refused(whole: Path) -> None:
         ({"events": [{"forget": {"classes": [3]}}]}, "before anything was learnt"),
         ({"events": [{"learn": "all"}, {"forget": {"classes": ["thre"]}}]}, "did you mean 'three'"),
         ({"events": [{"learn": "all"}, {"forget": {"records": ["digit-9999"]}}]}, "unknown record id"),
+        ({"events": [{"learn": "all"}, {"forget": {"records": []}}]}, "the forget set is empty"),
+        ({"events": [{"learn": "all"}, {"forget": {"classes": []}}]}, "the forget set is empty"),
+        ({"device": "cpuu"}, "the device 'cpuu' cannot be used"),
         ({"events": [{"learn": "all"}, {"forget": {}}]}, "names one of records, classes or where"),
         ({"events": [{"learn": 7}]}, "the stream has 2"),
         ({"events": [{"learn": "all"}, {"forgets": {}}]}, "an event is written as"),
@@ -154,6 +157,7 @@ def test_resuming_with_another_config_is_refused(whole: Path) -> None:
 def test_a_wrong_config_is_refused_with_one_sentence(change: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(EngramError, match=message):
         Running({**CONFIG, **change}, tmp_path / "run").execute()
+    assert not (tmp_path / "run").exists()
 
 
 def test_values_are_set_by_dotted_keys() -> None:
@@ -165,6 +169,13 @@ def test_values_are_set_by_dotted_keys() -> None:
         override(CONFIG, {"events.9.learn": 1})
     with pytest.raises(EngramError, match="plain value"):
         override(CONFIG, {"title.sub.key": 1})
+
+
+def test_a_setting_of_an_unknown_learner_names_the_nearest() -> None:
+    with pytest.raises(EngramError, match="unknown learner 'netwrk'; did you mean 'network'"):
+        override(CONFIG, {"learners.netwrk.epochs": 7})
+    changed = override(CONFIG, {"learners.mean.normalise": False, "learners.mean.name": "keep.NMC"})
+    assert changed["learners"]["mean"] == {"normalise": False, "name": "keep.NMC"}
 
 
 def test_the_quickstart_is_a_whole_plan() -> None:

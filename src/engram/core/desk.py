@@ -32,7 +32,7 @@ from engram.data.where import column_of
 from engram.engine.predict import predict
 from engram.engine.progress import Progress
 from engram.engine.run import Run
-from engram.errors import EngramError, unknown
+from engram.errors import EngramError, nearest, unknown
 from engram.files import LEFT, SUMS, new_directory, sweep, write_atomic
 from engram.models import io
 from engram.models.guards import is_guard
@@ -356,9 +356,10 @@ def _ids(file: Path, table: Table, ignore_missing: bool) -> tuple[str, ...]:
     absent = [id for id in named if id not in table.positions]
     if absent and not ignore_missing:
         shown = ", ".join(absent[:5])
+        near = nearest(absent[0], table.ids)
         raise EngramError(
             f"{len(absent)} of {len(named)} ids are not in the data: {shown}{' …' if len(absent) > 5 else ''}; "
-            "--ignore-missing goes on without them"
+            f"--ignore-missing goes on without them{f' (did you mean {near!r}?)' if near is not None else ''}"
         )
     return tuple(id for id in named if id in table.positions)
 

@@ -18,6 +18,7 @@ from engram.data.task import Task
 from engram.engine.predict import predict
 from engram.engine.run import Run
 from engram.errors import EngramError
+from engram.models.head import predict_classes
 from engram.models.io import digest, load
 
 PREPROCESSING = "preprocessing.json"
@@ -38,6 +39,8 @@ def learn_more(
     The table is read as the learner's first one was. `ledger`: is told what the new learner has learnt, and from which
     one it comes. EngramError if there is no learner or the table does not fit.
     """
+    if Path(out).exists():
+        raise EngramError(f"{out} exists; choose another --out")
     learner, tasks = load_learner(learner_directory)
     preprocessing = preprocessing_of(learner_directory)
     table, used = read_with(source, preprocessing=preprocessing, **columns)
@@ -80,7 +83,7 @@ def preprocessing_of(directory: str | Path) -> Preprocessing | None:
 
 
 def _classified(table: Table, logits: Tensor) -> list[dict[str, Any]]:
-    chances, winners = logits.softmax(1).max(1)
+    winners, chances = predict_classes(logits), logits.softmax(1).amax(1)
     return [
         {"id": id, "class": c, "name": table.names.get(c, str(c)), "probability": round(float(p), 6)}
         for id, c, p in zip(table.ids, winners.tolist(), chances.tolist(), strict=True)

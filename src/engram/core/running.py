@@ -23,7 +23,7 @@ from engram.data.table import Table
 from engram.data.task import Task
 from engram.engine.progress import Progress
 from engram.engine.run import Run
-from engram.errors import EngramError
+from engram.errors import EngramError, unknown
 from engram.files import LEFT, SUMS, sum_files, sweep, write_atomic
 
 FORMAT = 1
@@ -59,6 +59,7 @@ def override(config: dict[str, Any], dotted: Mapping[str, Any]) -> dict[str, Any
     changed = json.loads(json.dumps(config))
     for key, value in dotted.items():
         *path, last = key.split(".")
+        _known_learner(changed, path, dotted)
         place: Any = changed
         for name in path:
             place = _inner(place, name, key)
@@ -250,6 +251,15 @@ def _SCHEMA(pa: Any) -> Any:  # noqa: N802
     whole, number, text = pa.int64(), pa.float64(), pa.string()
     names = {"event": whole, "learner": text, "metric": text, "task": whole, "value": number, "n": whole}
     return pa.schema({**names, "low": number, "high": number})
+
+
+def _known_learner(config: Mapping[str, Any], path: list[str], dotted: Mapping[str, Any]) -> None:
+    """A setting of a learner that the config does not have is a slip, unless its name is given too."""
+    learners = config.get("learners")
+    if len(path) < 2 or path[0] != "learners" or not isinstance(learners, dict):
+        return
+    if path[1] not in learners and f"learners.{path[1]}.name" not in dotted:
+        raise unknown("learner", path[1], learners)
 
 
 def _inner(place: Any, name: str, key: str) -> Any:

@@ -209,8 +209,6 @@ class Timeline:
 
     def _learnt(self, story: Story) -> Table:
         """The rows that the learner was given and that nobody has asked to forget yet."""
-        if not story.taken:
-            raise EngramError("a forget event comes before anything was learnt; put a learn event first")
         return rows_of([stage.task for stage in self.stages[: story.taken]]).without(story.gone)
 
     def _ids(self, what: Mapping[str, Any], rows: Table) -> Ids:
@@ -237,6 +235,8 @@ class Timeline:
         taken = 0
         for event in self.plan.events:
             if event.kind == "forget":
+                if not taken:
+                    raise EngramError("a forget event comes before anything was learnt; put a learn event first")
                 yield Step(self._next(), _title(event.what), event)
                 continue
             last = len(self.stages) if event.count is None else taken + event.count
@@ -258,6 +258,8 @@ class Timeline:
             for name, learner in self.plan.learners.items():
                 if step.event.method is None and not isinstance(learner, Forgetful):
                     raise EngramError(f"{name} cannot forget by itself; give the config a 'forgetter', such as SSD")
+            if any(value in ([], 0, "", None) for value in step.event.what.values()):
+                raise EngramError(f"{step.title}: the forget set is empty; name at least one record or class")
             if "classes" in step.event.what:
                 for label in step.event.what["classes"]:
                     self._class(self.everything, label)

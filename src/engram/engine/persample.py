@@ -46,10 +46,10 @@ def power_sums(model: nn.Module, batch: Batch, loss: RowLoss, power: int) -> dic
     forming a gradient: (delta²)ᵀ (input²). A model with any other layer goes through `gradients`; both that and
     convolutions take 32 rows at a time.
     """
-    layers = _layers(model) or {}
-    size = CHUNK if any(isinstance(module, nn.Conv2d) for module in layers.values()) else len(batch)
+    layers = _layers(model)
+    size = CHUNK if layers and any(isinstance(module, nn.Conv2d) for module in layers.values()) else len(batch)
     return _added(
-        _factored(model, part, loss, power) or _by_row(model, part, loss, power) for part in _parts(batch, size)
+        _factored(model, layers, part, loss, power) or _by_row(model, part, loss, power) for part in _parts(batch, size)
     )
 
 
@@ -62,7 +62,10 @@ def _by_row(model: nn.Module, batch: Batch, loss: RowLoss, power: int) -> dict[s
 
 
 def _parts(batch: Batch, size: int) -> Iterator[Batch]:
-    for rows in torch.arange(len(batch)).split(max(1, size)):
+    if size >= len(batch):
+        yield batch
+        return
+    for rows in torch.arange(len(batch)).split(size):
         labels = None if batch.labels is None else batch.labels[rows]
         yield Batch({name: value[rows] for name, value in batch.inputs.items()}, labels, batch.rows[rows])
 
@@ -74,9 +77,10 @@ def _added(parts: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
     return total
 
 
-def _factored(model: nn.Module, batch: Batch, loss: RowLoss, power: int) -> dict[str, Tensor] | None:
+def _factored(
+    model: nn.Module, layers: dict[str, nn.Module] | None, batch: Batch, loss: RowLoss, power: int
+) -> dict[str, Tensor] | None:
     """As `power_sums` from one backward pass, or None where a layer does not allow it."""
-    layers = _layers(model)
     if layers is None:
         return None
     seen: list[tuple[str, nn.Module, Tensor, Tensor, int]] = []

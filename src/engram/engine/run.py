@@ -23,6 +23,7 @@ from torch import nn
 from engram.engine.cost import Cost
 from engram.engine.journal import Journal
 from engram.engine.progress import Progress, Silent
+from engram.errors import EngramError
 from engram.models.seeding import seeded
 from engram.stats.seeds import derive, generator
 
@@ -50,7 +51,7 @@ class Run:
     ) -> None:
         self.directory = Path(directory) if directory is not None else None
         self.seed = seed
-        self.device = torch.device(device)
+        self.device = _device(device)
         self.precision = precision
         self.report: Progress = progress or Silent()
         self.watch = watch
@@ -155,3 +156,14 @@ class Run:
 
         if self.directory is not None:
             write_atomic(self.directory / name, json.dumps(content, indent=1, default=str) + "\n")
+
+
+def _device(name: str) -> torch.device:
+    """The device of a name. EngramError for one that torch does not know or that is not there."""
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        why = str(error).splitlines()[0]
+        raise EngramError(f"the device {name!r} cannot be used here, say cpu: {why}") from error
+    return device
