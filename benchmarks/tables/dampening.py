@@ -171,21 +171,18 @@ def _body(found: dict[str, list[Outcome]], train: Table, given: argparse.Namespa
     original = found["original"]
     scores = {name: [_score(outcomes, original, half) for half in (0, 1)] for name, outcomes in found.items()}
     best = max(FIXED, key=lambda alpha: scores[f"alpha {alpha:g}"][0])
-    forms = ["original", *PUBLISHED, f"alpha {best:g}", "auto", "auto, stored"]
-    retrained = ["retrained"] * bool(control)  # on fewer rows than the original: not judged by its accuracy
-    columns = forms + retrained
+    judged = ["original", *PUBLISHED, f"alpha {best:g}", "auto", "auto, stored"]
+    columns = judged + ["retrained"] * bool(control)  # on fewer rows than the original: not judged beside it
     titles = [f"best fixed, {best:g}" if name.startswith("alpha") else name for name in columns]
     lines = ["| class | " + " | ".join(titles) + " |", "|---|" + "---:|" * len(columns)]
     for k, c in enumerate(train.classes):
-        cells = [_cell(found[name][k], original[k] if name in forms else found[name][k]) for name in columns]
+        cells = [_cell(found[name][k], original[k] if name in judged else found[name][k]) for name in columns]
         lines.append(f"| {train.names[c]} | " + " | ".join(cells) + " |")
-    lines.append(
-        "| **score** | "
-        + " | ".join([*(f"{100 * scores[name][1]:.1f}" for name in forms), *("–" for _ in retrained)])
-        + " |"
-    )
-    broken = [*(_broken(found[name], original) for name in forms), *("–" for _ in retrained)]
-    lines.append("| classes that cost more than 3 points | " + " | ".join(map(str, broken)) + " |")
+    sums = {
+        "**score**": {name: f"{100 * scores[name][1]:.1f}" for name in judged},
+        "classes that cost more than 3 points": {name: str(_broken(found[name], original)) for name in judged},
+    }
+    lines += [f"| {title} | {' | '.join(row.get(name, '–') for name in columns)} |" for title, row in sums.items()]
     rows, test = given.rows, given.test_rows
     around = 100 * (proportion(test // 200, test // 20).high - 0.1)
     fixed = ", ".join(f"{alpha:g}" for alpha in FIXED)

@@ -243,13 +243,12 @@ def _certificate(given: argparse.Namespace, rest: list[str]) -> None:
 def _issue(given: argparse.Namespace) -> None:
     from engram.core import certificate
     from engram.core.examination import predicate
-    from engram.files import write_atomic
+    from engram.files import refuse_existing, write_atomic
 
     model, key = _needed(given.model, "--model"), _needed(given.key, "--key")
     stated = predicate(model, given.audit)
     text = certificate.issue(model, stated, key)
-    if Path(given.out).exists():
-        raise EngramError(f"{given.out} exists; choose another --out")
+    refuse_existing(given.out)
     ledger = opened(given)
     if ledger is not None:  # before the file: a kill between the two leaves no certificate that nobody noted
         import hashlib

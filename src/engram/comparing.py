@@ -52,7 +52,7 @@ def _count(text: str) -> int | None:
 
 def _apart(words: list[str]) -> list[str]:
     """Words that may also have been given in one, with commas between them."""
-    return [word for words_ in words for word in words_.split(",") if word]
+    return [word for joined in words for word in joined.split(",") if word]
 
 
 def _compare(given: argparse.Namespace, rest: list[str]) -> None:

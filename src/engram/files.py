@@ -65,6 +65,12 @@ def new_directory(target: str | Path) -> Iterator[Path]:
         shutil.rmtree(fresh, ignore_errors=True)
 
 
+def refuse_existing(target: str | Path) -> None:
+    """EngramError if something stands there: what a command writes replaces nothing."""
+    if Path(target).exists():
+        raise EngramError(f"{target} exists; choose another --out")
+
+
 def replace_directory(fresh: Path, target: Path) -> None:
     """Rename the complete directory `fresh` to `target`, on the same disk; what `target` was is removed last.
 

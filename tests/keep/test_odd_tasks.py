@@ -89,6 +89,10 @@ def test_rows_of_another_size(learner: Learner) -> None:
     assert not bool(predict(learner.model, rows(name_of(learner), [0], 3, "new")).isnan().any())
 
 
+CLOSED_FORM = {f"keep.{name}" for name in ("NMC", "FeTrIL", "ACU", "SLDA", "JointHead", "ProtoNet")}  # in a later task
+SHORT = {"keep.OnePrompt", "keep.L2P"}  # a task of so few rows takes fewer than three updates
+
+
 class StoppedError(BaseException):
     """Somebody presses a key."""
 
@@ -106,12 +110,13 @@ def test_a_task_that_is_interrupted(learner: Learner, update: int, monkeypatch: 
 
     with monkeypatch.context() as patch:
         patch.setattr(torch.Tensor, "backward", stopped)
-        try:
+        with suppress(StoppedError):
             learn(learner, second, 1)
-            pytest.skip(f"has fewer than {update} updates")
-        except StoppedError:
-            assert not bool(predict(learner.model, rows(name_of(learner), [0], 3, "new")).isnan().any())
-    learn(learner, second, 1)
+    interrupted = len(count) >= update
+    assert interrupted or name_of(learner) in (CLOSED_FORM if update == 1 else CLOSED_FORM | SHORT)
+    assert not bool(predict(learner.model, rows(name_of(learner), [0], 3, "new")).isnan().any())
+    if interrupted:
+        learn(learner, second, 1)
     assert set(predict(learner.model, second).argmax(1).tolist()) <= {0, 1, 2, 3}
 
 

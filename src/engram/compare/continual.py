@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +109,7 @@ class Contest(Work):
     """A comparison of learners in a directory; it can be interrupted and goes on, with more learners too."""
 
     free = (*Work.free, "learners")
+    measured = MEASURES
 
     def __init__(self, plan: Comparison, out: str | Path, progress: Progress | None = None) -> None:
         super().__init__(plan, out, progress)
@@ -155,14 +156,14 @@ class Contest(Work):
         )
 
     def _measured(self, cell: Cell, setting: Mapping[str, Any]) -> Row:
-        row: Row = {**asdict(cell), "setting": dict(setting), "chosen": False, "error": ""}
+        row = self.row(cell, setting)
         stages = self.stream(cell.seed)
         start = time.process_time()
         try:
             learner = configured(self.plan.spec(cell.learner), self.plan.common or {}, setting)
             course = follow(learner, stages, Run(seed=derive(cell.learner, cell.seed)))
-        except Exception as error:  # of a learner that may be anybody's: its row says so, the others go on
-            return {**row, "error": f"{type(error).__name__}: {error}".splitlines()[0], **dict.fromkeys(MEASURES)}
+        except Exception as error:
+            return self.failed(row, error)
         return {
             **row,
             **course.figures(),
@@ -241,7 +242,7 @@ def configured(spec: Any, common: Mapping[str, Any], setting: Mapping[str, Any])
     """A learner by name or config with the common settings that it knows; "lr" is a factor of its learning rate, and
     of its host's."""
     learner: Learner = make(_with_common(spec, common))
-    return _faster(learner, setting["lr"]) if "lr" in setting else learner
+    return _at_rate(learner, setting["lr"]) if "lr" in setting else learner
 
 
 def _has_rate(learner: Learner) -> bool:
@@ -249,12 +250,12 @@ def _has_rate(learner: Learner) -> bool:
     return "optimizer" in given or ("host" in given and _has_rate(_host(given["host"])))
 
 
-def _faster(learner: Learner, factor: float) -> Learner:
+def _at_rate(learner: Learner, factor: float) -> Learner:
     given = settings(learner)
     if "optimizer" in given:
         given["optimizer"] = given["optimizer"].scaled(factor)
     if "host" in given:
-        given["host"] = describe(_faster(_host(given["host"]), factor))
+        given["host"] = describe(_at_rate(_host(given["host"]), factor))
     return type(learner)(**given)
 
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +96,18 @@ METHODS: dict[str, tuple[dict[str, Any], ...]] = {
 METHODS["NPO"] = tuple({**setting, "retain_weight": 0.0} for setting in METHODS["NPO"])
 
 
+SCORES = ("probability", "ROUGE-L", "truth ratio")
+MEASURES = (
+    *(f"{part} {name}" for part in ("forget", "retain") for name in SCORES),
+    "utility",
+    "utility of retraining",
+    "forget quality",
+    "KS statistic",
+    "score",
+    "seconds",
+)
+
+
 @dataclass(frozen=True)
 class Comparison:
     """`data`: a directory in TOFU's layout, or a JSON-lines file of pairs with their perturbed answers. `model`: a
@@ -159,6 +171,7 @@ class Contest(Work):
     """A comparison in a directory; it can be interrupted and goes on, with more methods too."""
 
     free = (*Work.free, "methods")
+    measured = MEASURES
 
     def __init__(self, plan: Comparison, out: str | Path, progress: Progress | None = None) -> None:
         super().__init__(plan, out, progress)
@@ -361,7 +374,7 @@ class Contest(Work):
     def course(self, cell: Cell, setting: Mapping[str, Any]) -> list[Row]:
         """What a method shows on its way, a row for every point; of a failure, one row that says so."""
         model = self.model(cell.seed, cell.tuning, 0.0)
-        base: Row = {**asdict(cell), "setting": dict(setting), "chosen": False, "error": ""}
+        base = self.row(cell, setting)
         start = time.process_time()
         if cell.method == NOTHING:
             return [{**base, "epoch": 0, **self.measures(model, cell), "seconds": 0.0}]
@@ -384,9 +397,8 @@ class Contest(Work):
             seconds = time.process_time() - start - measuring
             end = {**self.measures(new, cell), "seconds": seconds, "weights hold it": is_guard(new)}
             return [*found, {**base, "epoch": self.plan.points[-1], **end}]
-        except (EngramError, RuntimeError, ValueError, ArithmeticError) as error:
-            failed = f"{type(error).__name__}: {error}".splitlines()[0]
-            return [*found, {**base, "error": failed, "epoch": self.plan.points[-1], **dict.fromkeys(MEASURES)}]
+        except Exception as error:
+            return [*found, self.failed({**base, "epoch": self.plan.points[-1]}, error)]
 
     def method(self, setting: Mapping[str, Any]) -> Forgetter:
         """A forgetter with a trial's setting, and what all that train have in common."""
@@ -446,16 +458,6 @@ Watch = Callable[[tuple[str, ...], int, nn.Module], None]
 
 
 PLANE = ("utility", "forget quality")
-SCORES = ("probability", "ROUGE-L", "truth ratio")
-MEASURES = (
-    *(f"{part} {name}" for part in ("forget", "retain") for name in SCORES),
-    "utility",
-    "utility of retraining",
-    "forget quality",
-    "KS statistic",
-    "score",
-    "seconds",
-)
 
 
 def summarise(rows: Sequence[Row]) -> dict[str, Any]:

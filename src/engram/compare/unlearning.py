@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from engram.compare.work import FORMAT, Row, Work, spread
 from engram.core.forgetter import Forgetter
 from engram.core.needs import Need, satisfied
 from engram.core.request import Request
-from engram.core.settings import make
+from engram.core.settings import make, settings
 from engram.data.table import Table
 from engram.engine.many import fit_many
 from engram.engine.optimizer import Optimizer
@@ -44,6 +44,7 @@ from engram.models.guards import is_guard
 from engram.stats.membership import threshold_attack
 from engram.stats.seeds import derive, generator
 
+MEASURES = ("forget accuracy", "retain accuracy", "test accuracy", "membership AUC", "gap", "seconds", "steps", "rows")
 KINDS = ("random", "class", "subclass")
 TABLE, RANKING = "unlearning.parquet", "ranking.json"
 NOTHING = "nothing"  # the model as it was: what a request costs whoever does nothing about it
@@ -113,6 +114,7 @@ class Contest(Work):
     """A comparison of forgetters in a directory; it can be interrupted and goes on, with more methods too."""
 
     free = (*Work.free, "methods")
+    measured = MEASURES
 
     def __init__(self, plan: Comparison, out: str | Path, progress: Progress | None = None) -> None:
         super().__init__(plan, out, progress)
@@ -223,7 +225,7 @@ class Contest(Work):
     def _measured(self, cell: Cell, setting: Mapping[str, Any]) -> Row:
         request = self.request(cell.kind, cell.tuning).but(at_hand={Need.RECIPE: self.recipe})
         model, run = self.original(cell.seed), Run(seed=derive(cell.name))
-        row: Row = {**asdict(cell), "setting": dict(setting), "chosen": False, "error": ""}
+        row = self.row(cell, setting)
         start = time.process_time()
         try:
             method = configured(cell.method, setting)
@@ -231,9 +233,8 @@ class Contest(Work):
             new = method.forget(model, _only(request, _needed(method, request)), run)
             seconds = time.process_time() - start
             values = self.measures(new, request)
-        except Exception as error:  # of a method that may be anybody's: its row says so, the others go on
-            said = f"{type(error).__name__}: {error}".splitlines()[0]
-            return {**row, "error": said, **dict.fromkeys(MEASURES)}
+        except Exception as error:
+            return self.failed(row, error)
         means = self.usual(cell.kind, cell.tuning)
         gaps = [abs(values[name] - means[name]) for name in values if np.isfinite(values[name])]
         return {
@@ -246,10 +247,6 @@ class Contest(Work):
             "steps": run.cost.steps,
             "rows": run.cost.rows,
         }
-
-    def died(self, cell: Cell, setting: Mapping[str, Any]) -> list[Row]:
-        row = {**asdict(cell), "setting": dict(setting), "chosen": False, **dict.fromkeys(MEASURES)}
-        return [{**row, "error": "it took its process down (out of memory, or a fault in native code)"}]
 
     def measures(self, model: nn.Module, request: Request) -> dict[str, float]:
         """Accuracy on forget, retain and test rows; AUC of telling forget rows from test rows of their classes."""
@@ -266,9 +263,6 @@ class Contest(Work):
 
     def _run(self) -> Run:
         return Run(self.out / "models", progress=self.progress)
-
-
-MEASURES = ("forget accuracy", "retain accuracy", "test accuracy", "membership AUC", "gap", "seconds", "steps", "rows")
 
 
 def spaces(name: str) -> list[dict[str, Any]]:
@@ -293,8 +287,8 @@ def configured(name: str, setting: Mapping[str, Any]) -> Forgetter:
         return _Nothing()
     method: Forgetter = make(name)
     if "optimizer" in setting:
-        return type(method)(**{**_settings(method), "optimizer": method.optimizer.scaled(setting["optimizer"])})  # type: ignore[attr-defined]
-    return type(method)(**{**_settings(method), **setting})
+        return type(method)(**{**settings(method), "optimizer": method.optimizer.scaled(setting["optimizer"])})  # type: ignore[attr-defined]
+    return type(method)(**{**settings(method), **setting})
 
 
 class _Nothing(Forgetter):
@@ -376,10 +370,6 @@ def _only(request: Request, wanted: frozenset[Need]) -> Request:
         retain=retain if Need.RETAIN_ROWS in wanted else None,
         at_hand={need: thing for need, thing in request.at_hand.items() if need in wanted},
     )
-
-
-def _settings(method: Forgetter) -> dict[str, Any]:
-    return {f.name: getattr(method, f.name) for f in fields(method) if f.init}
 
 
 def _full_name(name: str) -> str:

@@ -40,6 +40,7 @@ class Work:
     """
 
     free: ClassVar[tuple[str, ...]] = ("jobs", "budget")
+    measured: ClassVar[tuple[str, ...]] = ()  # columns that a failure leaves empty
 
     def __init__(self, plan: Any, out: str | Path, progress: Progress | None = None) -> None:
         self.plan, self.out, self.progress = plan, Path(out), progress
@@ -116,12 +117,17 @@ class Work:
         try:
             Parallel(n_jobs=2)([delayed(_elsewhere)(type(self), self.plan, self.out, "keep", pair)])
         except BrokenProcessPool:
-            write_atomic(self._file(pair[0]), json.dumps(self.died(*pair)))
+            dead = "it took its process down (out of memory, or a fault in native code)"
+            write_atomic(self._file(pair[0]), json.dumps([self.failed(self.row(*pair), dead)]))
 
-    def died(self, cell: Any, setting: Mapping[str, Any]) -> list[Row]:
-        """The rows of a cell that took its process down: out of memory, or a fault in native code. Without any, the
-        comparison ends there."""
-        raise EngramError(f"{cell.name} took its process down (out of memory?); leave that method out")
+    def row(self, cell: Any, setting: Mapping[str, Any]) -> Row:
+        """A row of a cell, before anything is measured."""
+        return {**asdict(cell), "setting": dict(setting), "chosen": False, "error": ""}
+
+    def failed(self, row: Row, error: Exception | str) -> Row:
+        """The row of what may be anybody's method and went wrong: it says so, and the others go on."""
+        said = error if isinstance(error, str) else f"{type(error).__name__}: {error}".splitlines()[0]
+        return {**row, "error": said, **dict.fromkeys(self.measured)}
 
     def each(self, things: Sequence[Any], name: str) -> None:
         """Call the method of this name with each of the things, in `jobs` processes."""

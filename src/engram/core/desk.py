@@ -33,7 +33,7 @@ from engram.engine.predict import predict
 from engram.engine.progress import Progress
 from engram.engine.run import Run
 from engram.errors import EngramError, nearest, unknown
-from engram.files import LEFT, SUMS, new_directory, sweep, write_atomic
+from engram.files import LEFT, SUMS, new_directory, refuse_existing, sweep, write_atomic
 from engram.models import io
 from engram.models.guards import is_guard
 
@@ -290,8 +290,7 @@ def prepare(
     if not hasattr(made, "prepare"):
         able = [m.name for m in catalogue.methods() if any("statistics" in need for need in m.needs)]
         raise EngramError(f"{name_of(made)} has nothing to prepare; {', '.join(able)} have")
-    if Path(out).exists():
-        raise EngramError(f"{out} exists; choose another --out")
+    refuse_existing(out)
     model = model_in(directory)
     table = rows_for(home_of(directory), model, data, **columns)
     found = made.prepare(model, table, Run(seed=seed, device=device))

@@ -22,7 +22,7 @@ from engram.data.table import Table
 from engram.engine.progress import Progress
 from engram.engine.run import Run
 from engram.errors import EngramError
-from engram.files import check_sums, new_directory
+from engram.files import check_sums, new_directory, refuse_existing
 from engram.models import io
 from engram.models.guards import is_guard
 
@@ -57,8 +57,7 @@ class Audit:
         """Probe the model and write the findings (`audit.json`) into the directory `out`; what it holds. `finish` is
         called with the directory and the findings before it stands under its name: what it adds comes with it."""
         target = Path(out)
-        if target.exists():
-            raise EngramError(f"{target} exists; choose another --out")
+        refuse_existing(target)
         desk = Desk(
             self.before,
             self.data,

@@ -18,6 +18,7 @@ from engram.data.task import Task
 from engram.engine.predict import predict
 from engram.engine.run import Run
 from engram.errors import EngramError
+from engram.files import refuse_existing
 from engram.models.head import predict_classes
 from engram.models.io import digest, load
 
@@ -39,8 +40,7 @@ def learn_more(
     The table is read as the learner's first one was. `ledger`: is told what the new learner has learnt, and from which
     one it comes. EngramError if there is no learner or the table does not fit.
     """
-    if Path(out).exists():
-        raise EngramError(f"{out} exists; choose another --out")
+    refuse_existing(out)
     learner, tasks = load_learner(learner_directory)
     preprocessing = preprocessing_of(learner_directory)
     table, used = read_with(source, preprocessing=preprocessing, **columns)

@@ -163,7 +163,7 @@ def _device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError) as error:
         why = str(error).splitlines()[0]
         raise EngramError(f"the device {name!r} cannot be used here, say cpu: {why}") from error
     return device
