@@ -132,7 +132,10 @@ def test_a_failure_has_its_row(done: tuple[Comparison, Path, Rows]) -> None:
     cells = [module.Cell("broken", share, 0, False) for share in plan.fractions]
     rows = [row for cell in cells for row in Contest(plan, out).course(cell, {"name": "forget.NPO", "lr": 1e30})]
     assert all("the loss is no number any more in epoch" in row["error"] for row in rows)
-    found = summarise([*done[2], *rows])["forgetters"][-1]
+    contest, gone = Contest(plan, out), [module.Cell("dead", share, 0, False) for share in plan.fractions]
+    dead = [contest.failed(contest.row(cell, {}), "it took its process down") for cell in gone]
+    *_, found, lost = summarise([*done[2], *rows, *dead])["forgetters"]
+    assert lost["failed"] == ["it took its process down"] and lost["score"] is None
     assert found["method"] == "broken" and found["failed"] and found["score"] is None
 
 

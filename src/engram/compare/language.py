@@ -371,6 +371,9 @@ class Contest(Work):
             METHODS[cell.method], lambda trial: self.course(cell, trial)[-1], lambda row: row["score"] or 0.0
         )
 
+    def row(self, cell: Cell, setting: Mapping[str, Any]) -> Row:
+        return {**super().row(cell, setting), "epoch": self.plan.points[-1]}
+
     def course(self, cell: Cell, setting: Mapping[str, Any]) -> list[Row]:
         """What a method shows on its way, a row for every point; of a failure, one row that says so."""
         model = self.model(cell.seed, cell.tuning, 0.0)
@@ -396,9 +399,9 @@ class Contest(Work):
             new = self.method(setting).forget(model, request, self._run(derive(cell.name), watch))
             seconds = time.process_time() - start - measuring
             end = {**self.measures(new, cell), "seconds": seconds, "weights hold it": is_guard(new)}
-            return [*found, {**base, "epoch": self.plan.points[-1], **end}]
+            return [*found, {**base, **end}]
         except Exception as error:
-            return [*found, self.failed({**base, "epoch": self.plan.points[-1]}, error)]
+            return [*found, self.failed(base, error)]
 
     def method(self, setting: Mapping[str, Any]) -> Forgetter:
         """A forgetter with a trial's setting, and what all that train have in common."""
