@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from engram.compare.continual import Course, follow
+from engram.compare.course import Course, follow
 from engram.core.learner import Learner
 from engram.core.settings import describe
 from engram.data.readers import read

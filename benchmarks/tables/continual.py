@@ -1,15 +1,15 @@
-"""Learners side by side along four streams of frozen features: the tables of `engram compare continual` as a page."""
+"""Learners side by side along six streams of frozen features: the tables of `engram compare continual` as a page."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.tables.common import arguments, by_hand, leaderboard, page, said, write
-from engram.compare.continual import Comparison, Contest, summarise
+from engram.compare.continual import Comparison, Contest, Stream, summarise
 from engram.engine.progress import Terminal
 
 STREAMS = {  # title: (files, classes of the first task, of each further one)
@@ -17,13 +17,21 @@ STREAMS = {  # title: (files, classes of the first task, of each further one)
     "CIFAR-100, (50, 10, 6)": ("cifar100", 50, 10),
     "CIFAR-100, (10, 10, 10)": ("cifar100", 10, 10),
     "CLINC150, (15, 15, 10)": ("clinc150", 15, 15),
+    "Banking77, (11, 11, 7)": ("banking77", 11, 11),
+    "CIFAR-100, (10, 10, 10), through ResNet-20": ("cifar100_resnet20", 10, 10),
 }
 SEARCHING = {"trials": 2, "batch_size": 64}  # learners that search for their own settings in every task
 OWN: dict[str, dict[str, Any]] = {
     "keep.TAME": {"window": 10, "pruning_buffer": 500},  # a task has some dozens of batches here
     **{f"keep.{name}": SEARCHING for name in ("Independent", "Previous", "Dynamic")},
+    "keep.TaskFreeMAS": {  # five updates a batch as it is; without a clipped gradient its loss grows without bound here
+        "epochs": 1,
+        "plateau_mean": 2.0,
+        "optimizer": {"name": "sgd", "lr": 0.05, "momentum": 0.0, "clip": 1.0},
+    },
     "keep.VirtualOutliers": {"host": {"name": "keep.Finetune"}, "offsets": 100},
 }
+IMAGES_ALONE = ("keep.ConTraCon",)  # left out: it reads images
 NAMES = "names.safetensors"  # vectors of class names, by benchmarks.features
 MEASURES = {
     "incremental accuracy": "incremental",
@@ -32,14 +40,23 @@ MEASURES = {
     "forgetting": "forgetting",
     "learning accuracy": "just learnt",
 }
-INTRO = """Every learner sees the same frozen features, which `python -m benchmarks.features` writes: images through the
-ResNet-56 trained on CIFAR-10 (64 numbers), sentences through MiniLM (384). A learner that trains a network
+INTRO = """Every learner sees the same frozen features, which
+
+```
+python -m benchmarks.features --data DATA --encoder ENCODER --out FEATURES --rows 50 --tests 20
+```
+
+writes: images through the ResNet-56 trained on CIFAR-10, or ResNet-20 where it says so (64 numbers), sentences through
+MiniLM (384); 50 training and 20 test rows of each class, of Fashion-MNIST 500 and 200. A learner that trains a network
 trains an MLP with one hidden layer of 128 on them, {epochs} epochs a task. Class orders: seeds 1993, 1994,
 1995; mean ± half of the 95 % t interval over them. Every learner tried at most {trials} learning rates within
-{budget:.0f} seconds on a class order of its own; the best was frozen. Accuracies are task means among all
-classes seen. kB: of the model and all state after the last task. GFLOP: while the second task is learnt.
+{budget:.0f} seconds on a class order of its own, where 30 % of the training rows stood in for the test rows; the best
+was frozen. Accuracies are task means among all classes seen. Numbers: in the model after the last task, in
+thousands; kB: of the model and all other state. GFLOP: while the second and the last task are learnt, along the
+first class order. Time: CPU seconds of learning all tasks, as a multiple of fine-tuning's along the same stream.
 Methods that need images are in [prompts](prompts.md). A few have settings of their own, which the module
-lists (`OWN`, `named`): TAME a window of 10 losses, since a task has some dozens of batches; Independent,
+lists (`OWN`, `named`): TAME a window of 10 losses, since a task has some dozens of batches; TaskFreeMAS one pass
+of five updates a batch with a clipped gradient; Independent,
 Previous and Dynamic two trials a task; VirtualOutliers fine-tuning for its host, and 100 offsets at each point
 of the border. LingoCL's vectors are the class names through MiniLM (384), its host is LwF, or Replay where it
 says `-replay`; `-random` is the control, random directions of the same width in place of names."""
@@ -58,15 +75,22 @@ def named(data: Path) -> dict[str, dict[str, Any]]:
     }
 
 
+def names(own: Mapping[str, Any]) -> tuple[str, ...]:
+    """All learners that take features."""
+    return tuple(name for name in dict.fromkeys((*Comparison().names, *own)) if name not in IMAGES_ALONE)
+
+
 def main() -> None:
     """Do the comparisons in CACHE/continual (they go on where they were) and write the page."""
     torch.set_num_threads(1)
     parser = arguments(__doc__)
     parser.add_argument("--epochs", type=int, default=5)
-    parser.add_argument("--trials", type=int, default=2)
-    parser.add_argument("--budget", type=float, default=15.0)
+    parser.add_argument("--trials", type=int, default=3)
+    parser.add_argument("--budget", type=float, default=30.0)
     parser.add_argument("--buffer", type=int, default=500)
-    parser.add_argument("--learners", nargs="+", default=[])
+    parser.add_argument("--learners", nargs="+", default=[], help="by default all that can be compared")
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--estimate", action="store_true", help="say how long it would take, and stop")
     parser.add_argument("--streams", nargs="+", type=int, help="do these now, by number, and write no page")
     given = parser.parse_args()
     hand = by_hand(given.out, STREAMS)
@@ -77,55 +101,62 @@ def main() -> None:
     for number, (title, (name, base, increment)) in enumerate(STREAMS.items()):
         if given.streams and number not in given.streams:
             continue
+        stream = Stream(*(str(given.data / f"{name}-{part}.parquet") for part in ("train", "test")), base, increment)
+        own = {**OWN, **named(given.data)}
         plan = Comparison(
-            str(given.data / f"{name}-train.parquet"),
-            str(given.data / f"{name}-test.parquet"),
-            base=base,
-            increment=increment,
-            learners=tuple(given.learners),
+            (stream,),
+            learners=tuple(given.learners) or names(own),
             common={
                 "network": {"name": "MLP", "hidden": [128]},
                 "epochs": given.epochs,
                 "buffer": given.buffer,
                 "classes_total": 150,
             },
-            own={**OWN, **named(given.data)},
+            own=own,
             trials=given.trials,
             budget=given.budget,
+            jobs=given.jobs,
         )
         place = f"{name}-{base}-{increment}"
         contest = Contest(plan, given.cache / "continual" / place, Terminal())
+        if given.estimate:
+            print(f"{contest.estimate()}; about {contest.seconds() / 60:.0f} minutes here", flush=True)
+            continue
         summary = summarise(contest.execute())
-        board = leaderboard(
-            given.out, place, summary, f"{title}, {len(contest.train):,} training rows, frozen features"
-        )
-        parts.append(f"## {title}\n\n{table(summary)}\n\n{board}")
+        board = leaderboard(given.out, place, summary, f"{title}, on frozen features")
+        parts.append(f"## {title}\n\n{table(summary['streams'][0]['learners'])}\n\n{board}")
         print(title, "done", flush=True)
-        if not given.streams:
+        if not (given.streams or given.estimate):
             write(given.out, page("Learners side by side", "\n\n".join([*parts, *hand.values()]), said()))
 
 
-def table(summary: Mapping[str, Any]) -> str:
-    """Learners by incremental accuracy, in percent."""
+def table(learners: Sequence[Mapping[str, Any]]) -> str:
+    """Learners by incremental accuracy, in percent, with what they hold and cost."""
+    costs = ("rows held", "numbers", "kB", "GFLOP", "time")
     lines = [
-        f"| learner | {' | '.join(MEASURES.values())} | rows held | kB | GFLOP | learning rate |",
-        f"|---|{'---:|' * (len(MEASURES) + 3)}---|",
+        f"| learner | {' | '.join((*MEASURES.values(), *costs))} | learning rate |",
+        f"|---|{'---:|' * (len(MEASURES) + len(costs))}---|",
     ]
-    failed = []
-    for entry in summary["learners"]:
+    plain = {entry["learner"]: entry["measures"]["seconds"] for entry in learners}.get("keep.Finetune")
+    for entry in (entry for entry in learners if entry["measures"]["incremental accuracy"]):
         values = entry["measures"]
-        if not values["incremental accuracy"]:
-            failed.append(f"`{entry['learner']}`: {entry['failed'][0]}")
-            continue
-        cells = [_percent(values[key]) for key in MEASURES]
-        held = [
-            f"{values['rows held'][0]:.0f}",
-            f"{values['bytes'][0] / 1024:.0f}",
-            f"{values['GFLOP of a task'][0]:.1f}",
-        ]
+        cells = [*(_percent(values[key]) for key in MEASURES), *_costs(values, plain)]
         rate = f"× {entry['setting']['lr']:g}" if "lr" in entry["setting"] else "its own"
-        lines.append(f"| `{entry['learner']}` | {' | '.join([*cells, *held])} | {rate} |")
+        lines.append(f"| `{entry['learner']}` | {' | '.join(cells)} | {rate} |")
+    failed = [f"`{entry['learner']}`: {entry['failed'][0]}" for entry in learners if entry["failed"]]
     return "\n".join([*lines, *(["", "Failed: " + "; ".join(failed)] if failed else [])])
+
+
+def _costs(values: Mapping[str, list[float]], plain: list[float] | None) -> list[str]:
+    """Rows held, thousands of numbers, kB, operations of the second task and the last, multiple of plain seconds."""
+    flops = (f"{values[f'GFLOP of the {which} task'][0]:.1f}" for which in ("second", "last"))
+    return [
+        f"{values['rows held'][0]:.0f}",
+        f"{values['parameters'][0] / 1000:.0f}",
+        f"{values['bytes'][0] / 1024:.0f}",
+        " / ".join(flops),
+        f"{values['seconds'][0] / plain[0]:.1f}" if plain else "–",
+    ]
 
 
 def _percent(found: list[float] | None) -> str:

@@ -17,16 +17,26 @@ def add(command: Command) -> None:
     """Add the command to the command line."""
     compare = command("compare", _compare, "Many methods under one protocol: a table of every trial, a leaderboard.")
     compare.add_argument("what", choices=("unlearning", "continual", "language"))
-    compare.add_argument("--data", default="sklearn:digits", metavar="SOURCE")
-    compare.add_argument("--test", metavar="SOURCE", help="default: a share of the rows")
+    compare.add_argument(
+        "--data", nargs="+", default=["sklearn:digits"], metavar="SOURCE", help="continual: one or several"
+    )
+    compare.add_argument("--test", nargs="+", default=[], metavar="SOURCE", help="default: a share of the rows")
     compare.add_argument("--limit", type=int, help="the first so many rows")
+    compare.add_argument("--image-size", type=int, metavar="PIXELS", help="bring images to this height and width")
     compare.add_argument("--network", default="MLP", help='a name, or YAML as in "{name: ConvNet, widths: [16, 32]}"')
     compare.add_argument("--epochs", type=int, help="of training; default: 20, language: 22")
     compare.add_argument("--methods", nargs="+", default=[], metavar="METHOD", help="default: all that can be used")
     compare.add_argument(
         "--requests", nargs="+", default=["random", "class", "subclass"], metavar="KIND", help="of these three"
     )
-    compare.add_argument("--stream", nargs=2, type=int, default=[2, 2], metavar=("BASE", "INCREMENT"), help="classes")
+    compare.add_argument(
+        "--stream",
+        nargs=2,
+        type=int,
+        action="append",
+        metavar=("BASE", "INCREMENT"),
+        help="continual: classes of the first and of each further task, default: 2 2; give it again for more streams",
+    )
     compare.add_argument("--model", metavar="NAME", help="language: a directory or hub name to start from")
     compare.add_argument(
         "--authors", type=_count, default=20, metavar="N", help="language: how many are learnt, or all"
@@ -40,7 +50,7 @@ def add(command: Command) -> None:
     compare.add_argument("--budget", type=float, help="seconds for these trials; default: 60, language: 600")
     compare.add_argument("--jobs", type=int, default=1, help="processes of one thread each")
     compare.add_argument("--device", default="cpu", help="language: cpu, cuda, …")
-    compare.add_argument("--estimate", action="store_true", help="say what it will take, and stop")
+    compare.add_argument("--estimate", action="store_true", help="try a little, say what all of it will take, and stop")
     compare.add_argument("--out", metavar="DIR", help="goes on where there is one; --estimate needs none")
 
 
@@ -69,13 +79,22 @@ def _compare(given: argparse.Namespace, rest: list[str]) -> None:
     if given.estimate or not (given.quiet or given.json):
         print(contest.estimate(), flush=True)
     if given.estimate:
+        if given.what == "continual":
+            print(f"about {contest.seconds() / 60:.1g} minutes here, by the first task of every learner", flush=True)
         return
     module = import_module(f"engram.compare.{given.what}")
     summary = module.summarise(contest.execute())
     network = given.network if given.what != "language" else given.model or "a GPT-2 from nothing"
-    intro = f"{given.data}, {len(contest.train)} training rows, {network}, seeds {contest.plan.seeds}"
+    intro = f"{', '.join(given.data)}; {network}; seeds {', '.join(map(str, contest.plan.seeds))}"
     place = page.write_leaderboard(Path(given.out) / "leaderboard.html", summary, intro=intro)
     print(json.dumps(summary, indent=1) if given.json else "\n".join([*module.table_rows(summary), f"page: {place}"]))
+
+
+def _single(given: argparse.Namespace) -> tuple[str, str | None]:
+    """The one source, and its test rows."""
+    if len(given.data) > 1 or len(given.test) > 1:
+        raise EngramError(f"compare {given.what} takes one --data; several are for compare continual")
+    return given.data[0], given.test[0] if given.test else None
 
 
 def _forgetters(given: argparse.Namespace, shared: dict[str, Any]) -> Any:
@@ -84,9 +103,9 @@ def _forgetters(given: argparse.Namespace, shared: dict[str, Any]) -> Any:
     from engram.compare.unlearning import Comparison, Contest
 
     plan = Comparison(
-        given.data,
-        given.test,
+        *_single(given),
         limit=given.limit,
+        image_size=given.image_size,
         network=yaml.safe_load(given.network),
         methods=tuple(given.methods),
         requests=tuple(given.requests),
@@ -98,15 +117,17 @@ def _forgetters(given: argparse.Namespace, shared: dict[str, Any]) -> Any:
 def _learners(given: argparse.Namespace, shared: dict[str, Any]) -> Any:
     import yaml
 
-    from engram.compare.continual import Comparison, Contest
+    from engram.compare.continual import Comparison, Contest, Stream
 
-    base, increment = given.stream
+    if given.test and len(given.test) != len(given.data):
+        raise EngramError(f"{len(given.data)} --data and {len(given.test)} --test; give one for each, or none")
+    pairs = zip(given.data, given.test or [None] * len(given.data), strict=True)
     plan = Comparison(
-        given.data,
-        given.test,
-        limit=given.limit,
-        base=base,
-        increment=increment,
+        tuple(
+            Stream(data, test, base, increment, given.limit, given.image_size)
+            for data, test in pairs
+            for base, increment in given.stream or [(2, 2)]
+        ),
         learners=tuple(given.methods),
         common={"network": yaml.safe_load(given.network), "epochs": shared.pop("epochs", 20)},
         **shared,
@@ -118,7 +139,7 @@ def _speakers(given: argparse.Namespace, shared: dict[str, Any]) -> Any:
     from engram.compare.language import Comparison, Contest
 
     plan = Comparison(
-        given.data,
+        _single(given)[0],
         model=given.model,
         authors=given.authors,
         fractions=tuple(given.fractions),

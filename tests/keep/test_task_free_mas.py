@@ -87,7 +87,8 @@ def test_the_buffer_holds_the_hardest_rows(tiny: Table) -> None:
 def test_importances_are_the_running_mean_over_updates(tiny: Table, monkeypatch: pytest.MonkeyPatch) -> None:
     learner = TaskFreeMAS(**EAGER, plateau_variance=0.0)  # no plateau of its own
     learner.learn(whole(tiny))
-    assert not learner.importances.values and not learner.pull
+    assert not any(omega.any() for omega in learner.importances.values.values()) and not learner.pull
+    assert {name: omega.shape for name, omega in learner.importances.values.items()} == shapes(learner)
     found = []
     for count in (1, 2, 3):
         learner.plateaus.count = count
@@ -99,6 +100,10 @@ def test_importances_are_the_running_mean_over_updates(tiny: Table, monkeypatch:
         torch.testing.assert_close(omega, torch.stack([each[name] for each in found]).mean(0))
     assert all(torch.equal(value, learner.anchor.values[name]) for name, value in weights(learner).items())
     assert learner.importances.holds(tiny.ids) == learner.kept.holds(tiny.ids)
+
+
+def shapes(learner: TaskFreeMAS) -> dict[str, torch.Size]:
+    return {name: p.shape for name, p in learner.model.named_parameters()}
 
 
 def test_the_loss_written_down(tiny: Table) -> None:

@@ -75,14 +75,20 @@ def test_drawings_hold_all_values() -> None:
 def test_learners_are_drawn_over_the_tasks(tmp_path: Path) -> None:
     def entry(name: str, matrix: list[list[float]]) -> dict[str, Any]:
         failed = [] if matrix else ["it broke"]
-        return {"learner": name, "measures": {}, "failed": failed, "setting": {}, "accuracy matrix": matrix}
+        held = {"bytes": [8.0, 16.0]} if matrix else {}
+        plain = {"learner": name, "measures": {}, "failed": failed, "setting": {}}
+        return {**plain, "accuracy matrix": matrix, "over tasks": held}
 
     entries = [entry("keep.A", [[1.0], [0.5, 0.75]]), entry("keep.B", [[0.5], [0.5, 0.5]]), entry("keep.C", [])]
-    mine = [re.search('class="mine" points="([^"]*)"', drawing) for drawing in courses(entries)]
+    mine = [re.search('class="mine" points="([^"]*)"', drawing) for drawing in courses(entries, "s")]
     assert [found and found.group(1) for found in mine] == ["8.0,8.0 172.0,42.5", "8.0,54.0 172.0,54.0", ""]
-    page = write_leaderboard(tmp_path / "page.html", {"learners": entries}, intro="").read_text()
-    assert page.count("<title>task 2 after 2: 0.750</title>") == 1
-    assert page.count("<figcaption>") == 2 and "it broke" in page
+    streams = [{"stream": name, "learners": entries} for name in ("s", "t")]
+    summary = {"streams": streams, "accuracies": ["final accuracy"], "costs": ["bytes"]}
+    page = write_leaderboard(tmp_path / "page.html", summary, intro="").read_text()
+    assert page.count("<title>task 2 after 2: 0.750</title>") == 2
+    assert page.count("<figcaption>") == 4 and "it broke" in page
+    assert page.count("<title>bytes: 8 at the first task, 16 at the last</title>") == 4
+    assert 'points="2.0,12.0 88.0,2.0"' in page and page.count('id="s"') == page.count('href="#s"') == 1
 
 
 @pytest.mark.browser

@@ -26,7 +26,7 @@ import torch
 from torch import nn
 
 from engram import catalogue
-from engram.compare.work import FORMAT, Row, Work, spread
+from engram.compare.work import FORMAT, Row, Work, spread, tables
 from engram.core.forgetter import Forgetter
 from engram.core.needs import Need, satisfied
 from engram.core.request import Request
@@ -65,6 +65,7 @@ class Comparison:
     data: str = "sklearn:digits"
     test: str | None = None
     limit: int | None = None
+    image_size: int | None = None
     network: Any = "MLP"
     optimizer: Optimizer = field(default_factory=Optimizer)
     epochs: int = 20
@@ -119,7 +120,7 @@ class Contest(Work):
     def __init__(self, plan: Comparison, out: str | Path, progress: Progress | None = None) -> None:
         super().__init__(plan, out, progress)
         self._requests: dict[tuple[str, bool], Request] = {}
-        self.train, self.test = self.rows("forgetters")
+        self.train, self.test = tables(plan, "forgetters")
         self.recipe = Recipe(plan.network, plan.optimizer, plan.epochs, classes=self.train.classes)
 
     def cells(self) -> tuple[list[Cell], list[Cell]]:

@@ -45,19 +45,6 @@ class Work:
     def __init__(self, plan: Any, out: str | Path, progress: Progress | None = None) -> None:
         self.plan, self.out, self.progress = plan, Path(out), progress
 
-    def rows(self, what: str) -> tuple[Table, Table]:
-        """Training and test rows as the plan says (`data`, `test`, `limit`). EngramError without classes: `what` are
-        compared on them."""
-        plan = self.plan
-        if plan.test is None:
-            train, test = train_test(read(plan.data, limit=plan.limit), 0.3)
-        else:
-            train, preprocessing = read_with(plan.data, limit=plan.limit)
-            test = read(plan.test, preprocessing=preprocessing, limit=plan.limit)
-        if train.target != Target.CLASSES:
-            raise EngramError(f"{plan.data} has {train.target} for labels; {what} are compared on classes")
-        return train, test
-
     def search(
         self,
         settings: Sequence[Mapping[str, Any]],
@@ -154,6 +141,18 @@ class Work:
 
     def _file(self, cell: Cell) -> Path:
         return self.out / CELLS / f"{cell.name}.json"
+
+
+def tables(source: Any, what: str) -> tuple[Table, Table]:
+    """Training and test rows as a plan or stream says (`data`, `test`, `limit`, `image_size`). EngramError without
+    classes: `what` are compared on them."""
+    given = {"limit": source.limit, "image_size": source.image_size}
+    train, preprocessing = read_with(source.data, **given)
+    if train.target != Target.CLASSES:
+        raise EngramError(f"{source.data} has {train.target} for labels; {what} are compared on classes")
+    if source.test is None:
+        return train_test(train, 0.3)
+    return train, read(source.test, preprocessing=preprocessing, **given)
 
 
 def spread(values: Sequence[float | None]) -> list[float] | None:

@@ -19,7 +19,7 @@ but a fresh learner. Images are not augmented, and labels are not smoothed.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -68,6 +68,8 @@ class BCT(GradientLearner):
     optimizer: Optimizer = field(default_factory=lambda: Optimizer(lr=1e-3, schedule="cosine", warmup=0.05))
     epochs: int = 100
     batch_size: int = 128
+
+    growth: ClassVar[str] = "per task"  # by `extra` numbers; flat without
 
     def __post_init__(self) -> None:
         super().__post_init__()

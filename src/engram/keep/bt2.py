@@ -31,7 +31,7 @@ are not smoothed.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -70,6 +70,8 @@ class BT2(BCT):
     scale: float = 2.0
     own: float = 1.0
     match: float = 5.0
+
+    growth: ClassVar[str] = "flat"  # of k + d_n numbers, whatever came before; the head knows the last classes alone
 
     def __post_init__(self) -> None:
         super().__post_init__()

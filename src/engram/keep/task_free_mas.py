@@ -116,8 +116,9 @@ class TaskFreeMAS(GradientLearner):
 
     def start(self, task: Task, run: Run) -> None:
         self.run = run
-        if self.importances.values and not self.anchor.values:
+        if not self.anchor.values:
             self._anchor()
+        self._make_room()
 
     def changing(self) -> Mapping[str, Any]:
         return {
@@ -162,7 +163,7 @@ class TaskFreeMAS(GradientLearner):
         """Take the importances of the buffer into the running mean, and the model as it is for theta*."""
         found, old = importance(self.model, self.kept.table, loss="norm", power=1, run=self.run), self.importances
         for name, value in found.items():
-            before = padded(old.values[name].to(value.device), value.shape) if name in old.values else value
+            before = padded(old.values[name].to(value.device), value.shape)
             old.values[name] = before + (value - before) / self.plateaus.count
         old.add(self.kept.table.ids)
         self._anchor()
@@ -186,12 +187,18 @@ class TaskFreeMAS(GradientLearner):
     def _anchor(self) -> None:
         self.anchor.values = {name: p.detach().clone() for name, p in self.model.named_parameters()}
 
+    def _make_room(self) -> None:
+        """Zeros where the model has grown: so what is held follows the model, and not when plateaus come."""
+        for name, p in self.model.named_parameters():
+            omega = self.importances.values.get(name, torch.zeros_like(p))
+            self.importances.values[name] = padded(omega, p.shape)
+            self.anchor.values[name] = padded(self.anchor.values[name], p.shape).to(p.dtype)
+
     def _aim(self) -> None:
         """Weights and goals of the penalty, shaped like the parameters; none before the first plateau."""
         self.pull: dict[str, Tensor] = {}
         self.goal: dict[str, Tensor] = {}
-        for name, p in self.model.named_parameters() if self.strength else ():
-            if name in self.importances.values:
-                omega, goal = self.importances.values[name], self.anchor.values[name]
-                self.pull[name] = (0.5 * self.strength * padded(omega.to(p.device), p.shape)).to(p.dtype)
-                self.goal[name] = padded(goal.to(p.device), p.shape).to(p.dtype)
+        for name, p in self.model.named_parameters() if self.strength and self.plateaus.count else ():
+            omega, goal = self.importances.values[name], self.anchor.values[name]
+            self.pull[name] = (0.5 * self.strength * padded(omega.to(p.device), p.shape)).to(p.dtype)
+            self.goal[name] = padded(goal.to(p.device), p.shape).to(p.dtype)

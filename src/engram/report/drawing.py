@@ -60,8 +60,9 @@ def _label(finding: Finding) -> str:
     return f"{finding.value:.3f}{oracles}"
 
 
-def courses(entries: Sequence[Mapping[str, Any]]) -> list[Markup]:
-    """For each learner its mean accuracy on all tasks so far, over the tasks, before those of all learners in grey."""
+def courses(entries: Sequence[Mapping[str, Any]], name: str) -> list[Markup]:
+    """For each learner its mean accuracy on all tasks so far, over the tasks, before those of all learners in grey.
+    `name`: of these together, different from others on the page."""
     lines = []
     for entry in entries:
         means = [sum(row) / len(row) for row in entry["accuracy matrix"]]
@@ -71,10 +72,19 @@ def courses(entries: Sequence[Mapping[str, Any]]) -> list[Markup]:
     frame = '<rect x="8" y="8" width="164" height="92"/>'
     drawings = []
     for k, points in enumerate(lines):
-        others = f'<g class="others" id="others">{frame}{grey}</g>' if not k else '<use href="#others"/>'
+        others = f'<g class="others" id="{name}">{frame}{grey}</g>' if not k else f'<use href="#{name}"/>'
         head = '<svg class="course" viewBox="0 0 180 108" role="img" aria-label="accuracy over tasks">'
         drawings.append(Markup(f'{head}{others}<polyline class="mine" points="{points}"/></svg>'))
     return drawings
+
+
+def line(name: str, values: Sequence[float]) -> Markup:
+    """Figures over the tasks, from 0 to the largest, as a small line."""
+    top, step = max(values) or 1, 86 / max(1, len(values) - 1)
+    points = " ".join(f"{2 + step * k:.1f},{22 - 20 * value / top:.1f}" for k, value in enumerate(values))
+    said = f"{name}: {values[0]:.4g} at the first task, {values[-1]:.4g} at the last"
+    head = '<svg class="course over" viewBox="0 0 90 24" role="img">'
+    return Markup(f'{head}<title>{said}</title><polyline class="mine" points="{points}"/></svg>')
 
 
 def matrix(values: Sequence[Sequence[float]]) -> Markup:

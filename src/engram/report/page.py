@@ -83,13 +83,14 @@ def write_leaderboard(path: str | Path, summary: Mapping[str, Any], *, intro: st
             planes={share: drawing.plane(summary["forgetters"], share) for share in summary["shares"]},
             **summary,
         )
-    elif "learners" in summary:
+    elif "streams" in summary:
         template = _environment().get_template("learners.html")
         page = template.render(
             title="Learners side by side",
             intro=intro,
             spread=_spread,
-            courses=drawing.courses(summary["learners"]),
+            courses={s["stream"]: drawing.courses(s["learners"], s["stream"]) for s in summary["streams"]},
+            line=drawing.line,
             matrix=drawing.matrix,
             **summary,
         )

@@ -11,9 +11,10 @@ There, what features turn less is owed to the scale of 30, at which the loss is 
 are a little higher, they turn as much as with a trained linear head, and a trained cosine head at 30 holds them as
 well.
 
-Where names tell little of looks there is little to gain: on CIFAR-100 (frozen features of a ResNet-20 of CIFAR-10, a
-hidden layer, 100 rows a class, ten tasks, vectors of MiniLM, three seeds) the final accuracy of LwF rises from 0.062 to
-0.076, but as far with random vectors, and told the task it falls from 0.63 to 0.45; fine-tuning gains nothing.
+On real rows (`python -m benchmarks.tables.lingocl`, five class orders, hosts fine-tuning, LwF and replay) the claims
+hold for the sentences of CLINC150, whose names go through the same encoder: the final accuracy lies 42, 42 and 4.7
+points above that with a trained head, 12, 12 and 3.4 of them owed to the names and not to the frozen head alone. For
+CIFAR-100 on frozen features of CIFAR-10 they do not: there it is level with a trained head and with random directions.
 """
 
 from __future__ import annotations
