@@ -80,7 +80,8 @@ def _compare(given: argparse.Namespace, rest: list[str]) -> None:
         print(contest.estimate(), flush=True)
     if given.estimate:
         if given.what == "continual":
-            print(f"about {contest.seconds() / 60:.1g} minutes here, by the first task of every learner", flush=True)
+            minutes = round(contest.seconds() / 60)
+            print(f"about {minutes or 'less than 1'} min here, judged by the first task of every learner", flush=True)
         return
     module = import_module(f"engram.compare.{given.what}")
     summary = module.summarise(contest.execute())

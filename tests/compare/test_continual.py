@@ -240,7 +240,7 @@ def test_the_estimate_tries_a_task_and_writes_nothing(
     words = "compare continual --limit 300 --methods NMC Finetune --epochs 1 --estimate"
     assert main(words.split()) == 0
     out = capsys.readouterr().out
-    assert "2 learners, 3 class orders of digits-2-2 (5 tasks, 209 rows)" in out and "minutes here" in out
+    assert "learners: 2; class orders: 3; streams: digits-2-2 (5 tasks, 209 rows)" in out and "min here" in out
     assert not list(tmp_path.iterdir())
 
 

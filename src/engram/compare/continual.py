@@ -53,8 +53,6 @@ COSTS = (
     "rows held",
     "GFLOP of the second task",
     "GFLOP of the last task",
-    "seconds of the second task",
-    "seconds of the last task",
     "seconds",
 )
 MEASURES = (*ACCURACIES, *COSTS)
@@ -161,11 +159,11 @@ class Contest(Work):
     def estimate(self) -> str:
         """How much there is to do."""
         plan, (tuning, reported) = self.plan, self.cells()
-        tasks = ", ".join(
+        streams = "; ".join(
             f"{s.name} ({len(self.stages(s, 0))} tasks, {len(self.tables[s.name][0])} rows)" for s in plan.streams
         )
-        most = len(tuning) * plan.trials + len(reported)
-        return f"{len(plan.names)} learners, {len(plan.seeds)} class orders of {tasks}: at most {most} courses"
+        counts = f"learners: {len(plan.names)}; class orders: {len(plan.seeds)}; streams: {streams}"
+        return f"{counts}; courses at most: {len(tuning) * plan.trials + len(reported)}"
 
     def seconds(self) -> float:
         """About how long it will take, from the first task of every stream, which every learner takes in for this; one
@@ -234,8 +232,6 @@ def costs(course: Course, count: Sequence[int]) -> Row:
         **{f"{key} per task": (over[key][-1] - over[key][0]) / growths for key in ("parameters", "bytes")},
         "GFLOP of the second task": course.flops[second] / 1e9 if count else None,
         "GFLOP of the last task": course.flops[-1] / 1e9 if count else None,
-        "seconds of the second task": course.seconds[second],
-        "seconds of the last task": course.seconds[-1],
         "seconds": sum(course.seconds),
         "over tasks": over,
         "accuracy matrix": {"class": course.matrix.tolist(), "task": course.aware.tolist()},

@@ -106,8 +106,8 @@ def write_leaderboard(path: str | Path, summary: Mapping[str, Any], *, intro: st
 
 
 def _spread(found: Sequence[float] | None) -> str:
-    if not found:
-        return "–"
+    if not found or not any(found):
+        return "0" if found else "–"
     digits = 0 if abs(found[0]) >= 100 else 3
     return f"{found[0]:,.{digits}f}" + (f" ± {found[1]:,.{digits}f}" if found[1] == found[1] else "")
 
