@@ -15,6 +15,8 @@ from engram.errors import EngramError
 
 EXIT_WRONG = 2
 EXIT_INTERRUPTED = 130
+COLUMNS = ("id", "label", "text", "image")
+PRECISIONS = ("float32", "bfloat16")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,8 +40,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"engram: {error.strerror or error}: {error.filename or ''}".rstrip(": "), file=sys.stderr)
         return EXIT_WRONG
     except KeyboardInterrupt:
-        print("engram: interrupted; --resume goes on with it (compare goes on by itself)", file=sys.stderr)
+        print(f"engram: interrupted; {_afterwards(known)}", file=sys.stderr)
         return EXIT_INTERRUPTED
+
+
+def _afterwards(given: argparse.Namespace) -> str:
+    """What the user of a command that was interrupted can do."""
+    if hasattr(given, "resume"):
+        return "the same command with --resume goes on with what was begun"
+    return f"the same command {'goes on with it' if given.command == 'compare' else 'starts anew'}"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -50,10 +59,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"engram {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
 
-    def command(name: str, do: Callable[..., int | None], text: str) -> argparse.ArgumentParser:
+    def command(name: str, do: Callable[..., int | None], text: str, **json: Any) -> argparse.ArgumentParser:
         found = commands.add_parser(name, help=text, description=text)
         found.set_defaults(do=do)
-        found.add_argument("--json", action="store_true", help="print JSON")
+        found.add_argument("--json", **(json or {"action": "store_true", "help": "print JSON"}))
         found.add_argument("--quiet", action="store_true", help="print results only")
         return found
 
@@ -63,7 +72,8 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--resume", action="store_true", help="go on with a run that was interrupted")
     run.add_argument("--seed", type=int, help="another seed than the config's")
     run.add_argument("--device", help="cpu, cuda, …")
-    run.add_argument("--precision", choices=("float32", "bfloat16"))
+    run.add_argument("--precision", choices=PRECISIONS, help="bfloat16: training by autocast")
+    run.add_argument("--batch-size", type=int, metavar="ROWS", help="the batch size of every learner that has one")
     run.add_argument("--show-content", action="store_true", help="show the forgotten records in the report")
     commands_of_the_desk.ledger_place(run, needed=False)
     run.epilog = (
@@ -80,12 +90,21 @@ def _parser() -> argparse.ArgumentParser:
     methods.add_argument("--have", metavar="NEED,…", help="list what is possible with these, as in model,forget-rows")
 
     report = command("report", _report, "Render the report of runs again, or compare runs.")
-    report.add_argument("runs", nargs="+", metavar="DIR")
+    report.add_argument("runs", nargs="+", metavar="DIR", help="the directory of a run that is finished")
     report.add_argument("--show-content", action="store_true", help="show the forgotten records in the report")
-    reproduce = command("reproduce", _reproduce, "A paper's own claims as a small experiment.")
-    reproduce.add_argument("slug", help="the paper, as in `engram papers`")
-    reproduce.add_argument("--scale", choices=("smoke", "small", "full"), default="small")
-    reproduce.add_argument("--out", metavar="FILE", help="write the claims as JSON")
+    to_file = "write the claims to FILE; without one, print JSON"
+    reproduce = command(
+        "reproduce",
+        _reproduce,
+        "A paper's own claims as a small experiment.",
+        nargs="?",
+        const=True,
+        metavar="FILE",
+        help=to_file,
+    )
+    reproduce.add_argument("slug", nargs="?", help="the paper, as in `engram papers`")
+    reproduce.add_argument("--scale", choices=("smoke", "small", "full"), default="small", help="1, 3 or 5 seeds")
+    reproduce.epilog = "Exit code: 0 all claims within their bands, 1 not all (2: the command was wrong)."
 
     commands_of_the_desk.add(command)
     comparing.add(command)
@@ -94,16 +113,20 @@ def _parser() -> argparse.ArgumentParser:
         "--learner", required=True, metavar="DIR", help="a learner's directory (DIR/models/NAME of a run)"
     )
     commands_of_the_desk.ledger_place(learn, needed=False)
+    learn.add_argument("--out", required=True, metavar="DIR", help="where the learner goes that has learnt more")
+    learn.add_argument(
+        "--batch-size", type=int, metavar="ROWS", help="becomes the learner's batch_size, for later tasks too"
+    )
     predict = command("predict", _predict, "Predict the rows of a table with a saved model or learner.")
-    predict.add_argument("--model", required=True, metavar="DIR")
-    predict.add_argument("--batch-size", type=int, default=256)
+    predict.epilog = "Prints a JSON object a line, or with --json all in one list; with --out the lines go there."
+    predict.add_argument("--model", required=True, metavar="DIR", help="a saved model, or a learner's directory")
+    predict.add_argument("--out", metavar="FILE", help="write the predictions there, a JSON object a line")
+    predict.add_argument("--batch-size", type=int, default=256, metavar="ROWS", help="rows at once (default: 256)")
     for sub in (learn, predict):
         sub.add_argument("--data", required=True, metavar="SOURCE", help="a file, a folder of images, or sklearn:NAME")
-        sub.add_argument("--out", required=sub is learn, metavar="PATH")
-        sub.add_argument("--seed", type=int, default=0)
-        sub.add_argument("--device", default="cpu")
-        for column in ("id", "label", "text", "image"):
-            sub.add_argument(f"--{column}", metavar="COLUMN")
+        sub.add_argument("--precision", choices=PRECISIONS, default="float32", help="bfloat16: by autocast")
+        commands_of_the_desk.columns(sub, *COLUMNS)
+        commands_of_the_desk.work(sub)
     return parser
 
 
@@ -112,7 +135,8 @@ def _run(given: argparse.Namespace, rest: list[str]) -> None:
     from engram.engine.progress import Silent, Terminal
     from engram.report.page import write_report
 
-    changes = {key: getattr(given, key) for key in ("seed", "device", "precision") if getattr(given, key) is not None}
+    settings = ("seed", "device", "precision", "batch_size")
+    changes = {key: getattr(given, key) for key in settings if getattr(given, key) is not None}
     config = override(read_config(given.config), {**changes, **_dotted(rest)})
     out = Path(given.out or f"runs/{Path(given.config).stem}")
     running = Running(
@@ -122,16 +146,16 @@ def _run(given: argparse.Namespace, rest: list[str]) -> None:
         progress=Silent() if given.quiet else Terminal(),
         show_content=given.show_content,
     )
-    if not given.quiet and not given.json:
-        print("\n".join(running.outline()), flush=True)
-    records = running.execute()
-    page = write_report(out, show_content=given.show_content)
-    running.finish()
     ledger = commands_of_the_desk.opened(given)
+    if not given.quiet and not given.json:
+        print("\n".join([f"{out} is finished"] if running.finished else running.outline()), flush=True)
+    records = running.reread() if running.finished else running.execute()
+    page = write_report(out, show_content=given.show_content)
     if ledger is not None:
         from engram.core.registered import register
 
         register(running, records, ledger)
+    running.finish()
     if given.json:
         print(json.dumps({"directory": str(out), "report": str(page), "events": records}, indent=1))
         return
@@ -222,15 +246,19 @@ def _report(given: argparse.Namespace, rest: list[str]) -> None:
 
 
 def _reproduce(given: argparse.Namespace, rest: list[str]) -> int:
+    from engram.files import refuse_existing, write_atomic
     from engram.reproduce.claims import reproduce, table
 
+    if given.slug is None:
+        raise EngramError("say which paper, and say it first, as in engram reproduce ssd --json FILE")
+    file = None if given.json in (None, True) else Path(given.json)
+    if file is not None:
+        refuse_existing(file, "--json FILE")
     claims = reproduce(given.slug, given.scale)
     content = json.dumps([claim.as_dict() for claim in claims], indent=1)
-    if given.out:
-        from engram.files import write_atomic
-
-        write_atomic(Path(given.out), content)
-    print(content if given.json else table(given.slug, given.scale, claims))
+    print(content if given.json is True else table(given.slug, given.scale, claims))
+    if file is not None:
+        write_atomic(file, content + "\n")
     return 0 if all(claim.inside for claim in claims) else 1
 
 
@@ -239,7 +267,15 @@ def _learn(given: argparse.Namespace, rest: list[str]) -> None:
 
     ledger = commands_of_the_desk.opened(given)
     learner, rows = learn_more(
-        given.learner, given.data, given.out, seed=given.seed, device=given.device, ledger=ledger, **_columns(given)
+        given.learner,
+        given.data,
+        given.out,
+        seed=given.seed,
+        device=given.device,
+        precision=given.precision,
+        batch_size=given.batch_size,
+        ledger=ledger,
+        **_columns(given),
     )
     text = {"learner": learner, "rows": rows, "directory": given.out}
     print(json.dumps(text) if given.json else f"{learner} took in {rows} rows; it stands in {given.out}")
@@ -247,25 +283,29 @@ def _learn(given: argparse.Namespace, rest: list[str]) -> None:
 
 def _predict(given: argparse.Namespace, rest: list[str]) -> None:
     from engram.core.onward import predict_rows
+    from engram.files import refuse_existing, write_atomic
 
-    found = predict_rows(given.model, given.data, device=given.device, batch_size=given.batch_size, **_columns(given))
-    text = "\n".join(json.dumps(row) for row in found)
     if given.out:
-        from engram.files import write_atomic
-
-        write_atomic(Path(given.out), text + "\n")
-    else:
-        print(text)
+        refuse_existing(given.out)
+    how: dict[str, Any] = {key: getattr(given, key) for key in ("device", "precision", "batch_size")}
+    found = predict_rows(given.model, given.data, **how | _columns(given))
+    lines = "\n".join(json.dumps(row) for row in found)
+    if not given.out:
+        print(json.dumps(found, indent=1) if given.json else lines)
+        return
+    write_atomic(Path(given.out), lines + "\n")
+    if given.json:
+        print(json.dumps({"file": given.out, "rows": len(found)}))
+    elif not given.quiet:
+        print(f"predictions of {len(found)} rows stand in {given.out}")
 
 
 def _columns(given: argparse.Namespace) -> dict[str, str]:
-    return {key: value for key in ("id", "label", "text", "image") if (value := getattr(given, key)) is not None}
+    return {key: value for key in COLUMNS if (value := getattr(given, key)) is not None}
 
 
 def _dotted(rest: Sequence[str]) -> dict[str, Any]:
     """--key.sub=value and --key.sub value pairs; values are read as YAML."""
-    import yaml
-
     found: dict[str, Any] = {}
     words = iter(rest)
     for word in words:
@@ -276,7 +316,7 @@ def _dotted(rest: Sequence[str]) -> dict[str, Any]:
             value = next(words, "")
         if not key or value == "":
             raise EngramError(f"--{key} needs a value, as in --{key or 'key'}=value")
-        found[key] = yaml.safe_load(value)
+        found[key] = commands_of_the_desk.yaml_of(f"--{key}", value)
     return found
 
 

@@ -13,7 +13,13 @@ from engram.errors import EngramError
 
 Command = Callable[[str, Callable[..., int | None], str], argparse.ArgumentParser]
 EXITS = {"pass": 0, "fail": 1, "unknown": 3}  # 2: a wrong command
-COLUMNS = ("id", "label", "text", "image", "prompt")
+COLUMNS = {
+    "id": "of the records' ids (default: id, or row numbers)",
+    "label": "of labels (default: label)",
+    "text": "of texts (default: text)",
+    "image": "of images (default: image)",
+    "prompt": "of what stands before the text, for language models",
+}
 
 
 def add(command: Command) -> None:
@@ -35,26 +41,26 @@ def add(command: Command) -> None:
 
     audit = command("audit", _audit, "Examine a model that was made to forget; the exit code tells the verdict.")
     audit.epilog = "Exit code: 0 pass, 1 fail, 3 unknown (2: the command was wrong)."
-    audit.add_argument("--before", required=True, metavar="DIR")
-    audit.add_argument("--after", required=True, metavar="DIR")
+    audit.add_argument("--before", required=True, metavar="DIR", help="the model, or learner, as it was")
+    audit.add_argument("--after", required=True, metavar="DIR", help="what engram forget made of it")
     _request(audit)
     audit.add_argument("--test", metavar="SOURCE", help="rows that no model was trained on")
     audit.add_argument("--oracle", nargs="+", default=[], metavar="DIR", help="models retrained without the records")
     audit.add_argument("--recipe", metavar="FILE", help="trains such models instead (YAML)")
     audit.add_argument("--probes", nargs="+", metavar="PROBE", help="default: all that can be used of three")
-    audit.add_argument("--out", required=True, metavar="DIR")
+    audit.add_argument("--out", required=True, metavar="DIR", help="where the findings and the report go")
     ledger_place(audit, needed=False)
 
     prepare = command("prepare", _prepare, "Store today what lets a model forget later, when the data are gone.")
-    prepare.add_argument("--model", required=True, metavar="DIR")
-    prepare.add_argument("--method", default="ssd")
+    prepare.add_argument("--model", required=True, metavar="DIR", help="a saved model, or a learner's directory")
+    prepare.add_argument("--method", default="ssd", help="the forgetter that it is for (default: ssd)")
     prepare.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of the method")
-    prepare.add_argument("--out", required=True, metavar="DIR")
+    prepare.add_argument("--out", required=True, metavar="DIR", help="where the statistics go")
     _rows(prepare)
     ledger_place(prepare, needed=False)
 
     protect = command("protect", _protect, "Write a copy of a table of images that is harder to learn from.")
-    protect.add_argument("--method", default="bayes-error-noise")
+    protect.add_argument("--method", default="bayes-error-noise", help="a protector (default: bayes-error-noise)")
     protect.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of the method")
     protect.add_argument("--out", required=True, metavar="FILE", help="the copy, a .parquet file")
     _rows(protect)
@@ -89,10 +95,20 @@ def _request(parser: argparse.ArgumentParser) -> None:
 
 def _rows(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", required=True, metavar="SOURCE", help="the training rows, as far as they are at hand")
-    for column in COLUMNS:
-        parser.add_argument(f"--{column}", metavar="COLUMN")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cpu")
+    columns(parser, *COLUMNS)
+    work(parser)
+
+
+def columns(parser: argparse.ArgumentParser, *names: str) -> None:
+    """The arguments that name columns of the rows."""
+    for name in names:
+        parser.add_argument(f"--{name}", metavar="COLUMN", help=f"the column {COLUMNS[name]}")
+
+
+def work(parser: argparse.ArgumentParser) -> None:
+    """Seed and device."""
+    parser.add_argument("--seed", type=int, default=0, help="every random draw follows from it (default: 0)")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, … (default: cpu)")
 
 
 def ledger_place(parser: argparse.ArgumentParser, *, needed: bool) -> None:
@@ -200,7 +216,7 @@ def _protect(given: argparse.Namespace, rest: list[str]) -> None:
     from engram.data.readers import read_with
     from engram.data.writers import parquet
     from engram.engine.run import Run
-    from engram.files import write_atomic
+    from engram.files import refuse_existing, write_atomic
 
     if Path(given.out).suffix.lower() != ".parquet":
         raise EngramError(
@@ -210,6 +226,7 @@ def _protect(given: argparse.Namespace, rest: list[str]) -> None:
     if not isinstance(method, Protector):
         raise EngramError(f"{name_of(method)} is no protector; engram methods --wing protect lists them")
     columns: dict[str, Any] = {**_columns(given)}
+    refuse_existing(given.out)
     table, plan = read_with(given.data, **columns)
     found = method.protect(table, Run(seed=given.seed, device=given.device, progress=progress_of(given)))
     names = {"id": columns.get("id", "id"), "label": plan.label[0], "image": plan.image or "image"}
@@ -272,10 +289,11 @@ def _ledger(given: argparse.Namespace, rest: list[str]) -> int | None:
         show = _purge if given.what == "purge" else _where
         return show(ledger, record, given)
     if given.what == "export":
-        print("\n".join(ledger.export()))
+        print(f"[{', '.join(ledger.export())}]" if given.json else "\n".join(ledger.export()))
     elif given.what == "new-key":
         ledger.new_key()
-        print(f"a new key stands in {ledger.key_file}; records so far cannot be looked up any more")
+        said = f"a new key stands in {ledger.key_file}; records so far cannot be looked up any more"
+        print(json.dumps({"key": str(ledger.key_file)}) if given.json else said)
     elif given.what == "verify":
         last = ledger.verify(given.head)
         where = {"entries": last.number if last else 0, "head": last.hash if last else None}
@@ -304,10 +322,16 @@ def _where(ledger: Any, record: str, given: argparse.Namespace) -> int:
 
 def _purge(ledger: Any, record: str, given: argparse.Namespace) -> int:
     found = [holding for holding in ledger.where(record) if holding.standing]
+    if given.json:
+        if not given.yes:
+            raise EngramError("purge deletes files: say --yes with --json, where nobody is asked")
+        ledger.purge(record, models=given.models)
+        print(json.dumps([{**vars(holding), "fate": _fate(holding, given.models)} for holding in found], indent=1))
+        return 0
     if not found:
         print("nothing that still stands has learnt that record")
         return 0
-    print("\n".join(f"{_fate(holding, given.models)}: {_holding(holding)}" for holding in found), flush=True)
+    print("\n".join(f"{_fate(holding, given.models):<6}: {_holding(holding)}" for holding in found), flush=True)
     if not given.yes and not _agreed():
         print("nothing was deleted")
         return 1
@@ -317,13 +341,16 @@ def _purge(ledger: Any, record: str, given: argparse.Namespace) -> int:
 
 
 def _fate(holding: Any, models: bool) -> str:
-    return "flag  " if holding.what in ("model", "learner") and not models else "delete"
+    return "flag" if holding.what in ("model", "learner") and not models else "delete"
 
 
 def _agreed() -> bool:
     if not sys.stdin.isatty():
         raise EngramError("purge deletes files: say --yes where nobody can be asked")
-    return input("go on? [y/N] ").strip().lower() in ("y", "yes")
+    try:
+        return input("go on? [y/N] ").strip().lower() in ("y", "yes")
+    except EOFError:
+        return False
 
 
 def _holding(holding: Any) -> str:
@@ -340,15 +367,26 @@ def _what(given: argparse.Namespace) -> Any:
 
 def _method(name: str, settings: list[str], ranking: str | None = None) -> Any:
     """The name, or {"name": …, setting: value}; values are read as YAML."""
-    import yaml
-
+    for setting in settings:
+        if not all(setting.partition("=")):
+            raise EngramError(f"--set takes KEY=VALUE, as in --set epochs=3, not {setting!r}")
     pairs = dict(setting.partition("=")[::2] for setting in settings)
     if name != "auto" and ranking is not None:
         raise EngramError("--ranking goes with --method auto, not with one of your own choice")
     if name == "auto" and pairs:
         raise EngramError("--set goes with a --method of your own choice, not with auto")
-    values = {key: yaml.safe_load(value) for key, value in pairs.items()}
+    values = {key: yaml_of(key, value) for key, value in pairs.items()}
     return {"name": name, **values} if values else name
+
+
+def yaml_of(key: str, text: str) -> Any:
+    """A value of the command line, read as YAML."""
+    import yaml
+
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise EngramError(f"{key}={text} cannot be read as YAML: {str(error).splitlines()[0]}") from error
 
 
 def _columns(given: argparse.Namespace) -> dict[str, str]:
@@ -363,6 +401,7 @@ def opened(given: argparse.Namespace) -> Any:
 
     ledger = Ledger(given.ledger, given.ledger_key)
     ledger.verify()
+    ledger.check_key()
     return ledger
 
 
@@ -378,5 +417,5 @@ def _path(text: str | None) -> Path | None:
 
 def _needed(value: str | None, name: str) -> str:
     if value is None:
-        raise EngramError(f"{name} is missing; see engram --help")
+        raise EngramError(f"{name} is missing; see --help of the command")
     return value

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from difflib import get_close_matches
+from numbers import Real
+from typing import Any
 
 
 class EngramError(ValueError):
     """Something the user can mend: the message names the thing and says what would be right."""
+
+
+def at_least(name: str, value: Any, least: float = -math.inf) -> None:
+    """EngramError for a number below `least`, and for what is no number."""
+    if not (isinstance(value, Real) and float(value) >= least):
+        right = "a number" if least == -math.inf else f"{least} or more"
+        raise EngramError(f"{name} is {value}; give {right}")
 
 
 def nearest(name: object, names: Iterable[str]) -> str | None:

@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from uuid import uuid4
 
@@ -40,7 +40,8 @@ def write_atomic(path: str | Path, data: bytes | str, mode: int = 0o666) -> None
     except OSError as error:
         raise _refused(target, error) from error
     finally:
-        fresh.unlink(missing_ok=True)
+        with suppress(OSError):
+            fresh.unlink()
     _confirm(target)
 
 
@@ -65,10 +66,16 @@ def new_directory(target: str | Path) -> Iterator[Path]:
         shutil.rmtree(fresh, ignore_errors=True)
 
 
-def refuse_existing(target: str | Path) -> None:
-    """EngramError if something stands there: what a command writes replaces nothing."""
-    if Path(target).exists():
-        raise EngramError(f"{target} exists; choose another --out")
+def refuse_existing(target: str | Path, option: str = "--out") -> None:
+    """EngramError if something stands there (what a command writes replaces nothing), or if nothing could be written
+    there: before the work, not after it."""
+    goal = Path(target)
+    if goal.exists():
+        raise EngramError(f"{target} exists; choose another {option}")
+    home = next(parent for parent in goal.absolute().parents if parent.exists())
+    if not home.is_dir() or not os.access(home, os.W_OK | os.X_OK):
+        why = "must not be written to" if home.is_dir() else "is no directory"
+        raise EngramError(f"{target} cannot be written, because {home} {why}; choose another {option}")
 
 
 def replace_directory(fresh: Path, target: Path) -> None:

@@ -288,6 +288,12 @@ REFUSED = {
     "concept for another": (["--concept", "two"], ["--method", "ssd"], "cannot take a concept"),
     "out exists": (["--forget", "@ids.txt"], ["--out", "@model"], "exists"),
     "wrong recipe": (["--forget", "@ids.txt"], ["--recipe", "@ids.txt"], "recipe"),
+    "recipe of bytes": (["--forget", "@ids.txt"], ["--recipe", "@train.parquet"], "cannot be read"),
+    "no value": (["--forget", "@ids.txt"], ["--method", "ssd", "--set", "alpha"], "--set takes KEY=VALUE"),
+    "empty value": (["--forget", "@ids.txt"], ["--method", "ssd", "--set", "alpha=null"], "alpha takes float"),
+    "no YAML": (["--forget", "@ids.txt"], ["--method", "ssd", "--set", "alpha=["], "alpha=[ cannot be read as YAML"),
+    "no ledger": (["--forget", "@ids.txt"], ["--ledger", "@ids.txt"], "a file of another kind"),
+    "out below a file": (["--forget", "@ids.txt"], ["--out", "@ids.txt/new"], "Not a directory"),
 }
 
 
@@ -302,7 +308,7 @@ def test_bad_input_ends_in_a_sentence(
     assert forget(desk, tmp_path / "new", *(word.replace("@", f"{desk}/") for word in more), what=what) == 2
     said = capsys.readouterr().err
     assert sentence in said and said.startswith("engram: ") and "Traceback" not in said
-    assert not (tmp_path / "new").exists()
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_the_model_does_not_know_need_not_be_forgotten(
@@ -414,3 +420,18 @@ def test_cached_features_stand_in_the_ledger(desk: Path, tmp_path: Path) -> None
     assert held.what == "cache" and held.standing
     book.purge("digit-7")
     assert not Path(held.path).exists()
+
+
+def test_the_ledger_speaks_json_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "cache").mkdir()
+    Ledger(tmp_path / "book.sqlite").add_holder("cache", tmp_path / "cache", ("one", "two"))
+    words = ["--ledger", str(tmp_path / "book.sqlite"), "--json"]
+    assert main(["ledger", "export", *words]) == 0
+    assert [entry["kind"] for entry in json.loads(capsys.readouterr().out)] == ["holder"]
+    assert main(["ledger", "purge", "one", *words]) == 2
+    assert "say --yes with --json" in capsys.readouterr().err and (tmp_path / "cache").exists()
+    assert main(["ledger", "purge", "one", "--yes", *words]) == 0
+    [gone] = json.loads(capsys.readouterr().out)
+    assert gone["fate"] == "delete" and gone["path"] == str(tmp_path / "cache") and not (tmp_path / "cache").exists()
+    assert main(["ledger", "new-key", *words]) == 0
+    assert json.loads(capsys.readouterr().out) == {"key": str(tmp_path / "book.sqlite.key")}

@@ -148,6 +148,14 @@ def test_a_newer_schema_and_what_is_no_ledger_are_refused(place: Path, tmp_path:
     execute(place, "UPDATE meta SET value = '2' WHERE name = 'schema'")
     with pytest.raises(EngramError, match="schema 2; this version reads schema 1"):
         Ledger(place, tmp_path / "key")
+    (tmp_path / "short").write_text("SQLite takes so short a file for an empty database")
+    with pytest.raises(EngramError, match="short cannot be opened: that is a file of another kind"):
+        Ledger(tmp_path / "short")
+    assert (tmp_path / "short").read_text().startswith("SQLite takes")
+    (tmp_path / "bad.key").write_text("no key")
+    with pytest.raises(EngramError, match="the key of the ledger"):
+        Ledger(tmp_path / "new", tmp_path / "bad.key")
+    assert not (tmp_path / "new").exists()
     (tmp_path / "text").write_text("no database" * 100)
     with pytest.raises(EngramError, match="cannot be opened"):
         Ledger(tmp_path / "text")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -49,6 +50,24 @@ def test_a_learner_that_has_learnt_nothing(tmp_path: Path) -> None:
     save_learner(ACU.tiny(), tmp_path / "learner")
     again, tasks = load_learner(tmp_path / "learner")
     assert tasks == 0 and not again.started and isinstance(again, ACU) and again.size == ACU.tiny().size
+
+
+def test_a_learner_whose_model_is_gone_is_no_new_learner(saved: Path) -> None:
+    shutil.rmtree(saved / MODEL)
+    with pytest.raises(EngramError, match="holds no saved model"):
+        load_learner(saved)
+
+
+def test_what_belongs_to_a_learner_is_written_with_it(tmp_path: Path) -> None:
+    save_learner(ACU.tiny(), tmp_path / "learner", beside=lambda folder: (folder / "words.txt").write_text("hello"))
+    assert "words.txt" in (tmp_path / "learner" / "SHA256SUMS").read_text()
+
+    def refuse(folder: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(EngramError, match="No space left"):
+        save_learner(ACU.tiny(), tmp_path / "other", beside=refuse)
+    assert [path.name for path in tmp_path.iterdir()] == ["learner"]
 
 
 def test_a_backbone_that_was_handed_over_comes_back_with_the_model(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from engram.data.readers import read
 from engram.engine import fit as fitting
 from engram.engine.journal import Journal
 from engram.errors import EngramError
+from engram.keep.nmc import NMC
 
 CONFIG: dict[str, Any] = {
     "title": "Two tasks",
@@ -152,6 +153,31 @@ def test_resuming_with_another_config_is_refused(whole: Path) -> None:
         ({"forgetter": None}, "cannot forget by itself"),
         ({"stream": {"scenario": "clas"}}, "did you mean 'class'"),
         ({"seed": "one"}, "whole number"),
+        ({"precision": "half"}, "unknown precision 'half'"),
+        ({"batch_size": "many"}, "batch_size takes a whole number"),
+        ({"events": [{"learn": 0}]}, "learn is 0; give 1 or more"),
+        ({"events": [{"learn": 1}, {"forget": {"classes": ["seven"]}}, "learn"]}, "in an earlier event"),
+        ({"events": ["learn", {"forget": {"classes": 3}}, {"forget": {"classes": "three"}}]}, "in an earlier event"),
+        ({"events": ["learn", {"forget": {"records": 1000}}]}, "not between 1 and the 209 rows"),
+        ({"events": ["learn", {"forget": {"where": "label > 100"}}]}, "the forget set is empty"),
+        ({"events": ["learn", {"forget": {"where": "label >= 0"}}]}, "the forget set is all of the data: forget.Grad"),
+        ({"forgetter": "NPO", "events": ["learn", {"forget": {"where": "label >= 0"}}]}, "all of the data: forget.NPO"),
+        ({"probes": "forget.SSD"}, "forget.SSD is no probe"),
+        ({"probes": [3]}, "a method is written as a name"),
+        ({"learners": 3}, "a method is written as a name"),
+        ({"learners": {"a": None}}, "a method is written as a name"),
+        ({"learners": ["keep.NMC", "keep.NMC"]}, "two learners are called NMC"),
+        ({"learners": {"..": "keep.NMC"}}, "cannot be the name of a directory"),
+        ({"learners": {"a/b": "keep.NMC"}}, "cannot be the name of a directory"),
+        ({"learners": [{"name": "keep.Replay", "epochs": 0}]}, "Replay learns nothing in epochs: 0"),
+        ({"learners": [{"name": "keep.Replay", "network": None}]}, "a model is a name"),
+        ({"data": 3}, "data needs a 'source'"),
+        ({"data": {"source": "sklearn:digits", "share": "x"}}, "share of data takes a number, not 'x'"),
+        ({"data": {"source": "sklearn:digits", "limit": "x"}}, "limit of data takes a whole number"),
+        ({"stream": "class"}, "stream is written as"),
+        ({"stream": {"scenario": "class", "base": "x"}}, "base of the stream takes a whole number"),
+        ({"stream": {"scenario": "class", "base": 2}}, "a class stream needs increment"),
+        ({"stream": {"scenario": "class", "bas": 2}}, "did you mean 'base'"),
     ],
 )
 def test_a_wrong_config_is_refused_with_one_sentence(change: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -223,5 +249,37 @@ def test_everything_is_forgotten_by_exact_learners_only(tmp_path: Path) -> None:
     record = Running(config, tmp_path / "exact").execute()[-1]
     assert record["exact"] and record["retain_rows"] == 0
     assert all(entry["hits"] == 0 for entry in record["accuracy"])
-    with pytest.raises(EngramError, match="all of the data"):
-        Running({**config, "learners": CONFIG["learners"]}, tmp_path / "approximate").execute()
+    with pytest.raises(EngramError, match="all of the data"):  # by the second learner, before anything is learnt
+        Running({**config, "learners": CONFIG["learners"]}, tmp_path / "approximate")
+    assert not (tmp_path / "approximate").exists()
+
+
+def test_a_batch_size_is_that_of_every_learner_that_has_one() -> None:
+    plan = read_plan({**CONFIG, "batch_size": 5})
+    written = plan.resolved()
+    assert written["learners"]["network"]["batch_size"] == 5 and "batch_size" not in written["learners"]["exact"]
+    assert read_plan(written).resolved() == written
+
+
+def test_what_failed_at_its_first_event_leaves_nothing_and_later_failures_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(after: int) -> Any:
+        learn, calls = NMC.learn, []
+
+        def refuse(self: NMC, *args: Any) -> None:
+            calls.append(1)
+            if len(calls) > after:
+                raise EngramError("no more")
+            learn(self, *args)
+
+        return refuse
+
+    config = {**CONFIG, "learners": ["keep.NMC"], "events": ["learn"]}
+    for after in (0, 1):
+        with monkeypatch.context() as patched:
+            patched.setattr(NMC, "learn", failing(after))
+            with pytest.raises(EngramError, match="no more"):
+                Running(config, tmp_path / str(after)).execute()
+    assert not (tmp_path / "0").exists()
+    Running(config, tmp_path / "1", resume=True).execute()

@@ -454,6 +454,7 @@ def test_a_set_that_the_hub_does_not_give(monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     refused("hub:a/b", "the hub's data set 'a/b' cannot be loaded: could not reach a/b$")
+    refused("hub:", "needs the name of a data set")
 
 
 def test_a_label_beyond_the_names_that_the_source_states(tmp_path: Path) -> None:

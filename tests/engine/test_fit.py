@@ -313,14 +313,6 @@ def test_what_follows_an_update_sees_its_number_and_the_new_weights() -> None:
     assert seen == list(range(1, 9)) and float(weights(model).abs().max()) == 0.125
 
 
-@pytest.mark.parametrize(
-    ("plan", "words"), [(Optimizer("rmsprop"), "unknown optimizer"), (Optimizer(schedule="cosin"), "'cosine'")]
-)
-def test_an_unknown_plan_is_named(plan: Optimizer, words: str) -> None:
-    with pytest.raises(EngramError, match=words):
-        trained(plan)
-
-
 # --- interruption
 
 

@@ -92,7 +92,7 @@ def test_an_old_model_may_be_of_any_kind_and_may_stand_in_a_directory(tiny: Tabl
     for learner in learners:
         learner.learn(second)
     assert same(*learners) and learners[0].model.encoder.width == 14
-    with pytest.raises(EngramError, match="cannot read"):
+    with pytest.raises(EngramError, match="holds no saved model"):
         BCT(**SETTINGS, old=str(tmp_path / "nothing")).learn(second)
 
 

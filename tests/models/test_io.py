@@ -203,7 +203,7 @@ DAMAGE: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "lost": ("model.safetensors", Path.unlink, r"cannot read .*model\.safetensors"),
     "reshaped": ("model.safetensors", reshape, "weights do not fit Predictor.*head.weight"),
     "incomplete": ("model.safetensors", drop, "weights do not fit Predictor.*head.bias"),
-    "no config": ("config.json", Path.unlink, r"cannot read .*config\.json"),
+    "no config": ("config.json", Path.unlink, r"holds no saved model \(config\.json is missing\); give one"),
     "no json": ("config.json", truncate, r"cannot read .*config\.json"),
     "a list": ("config.json", lambda path: path.write_text("[]"), r"config\.json holds no config"),
     "format": ("config.json", lambda path: edit(path, format=99), "config of format 1"),

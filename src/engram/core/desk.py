@@ -25,7 +25,16 @@ from engram.core.probe import labelled
 from engram.core.reading import rows_for
 from engram.core.request import Concept, Request
 from engram.core.settings import describe, make, name_of
-from engram.core.stored import ACCOUNT, account_of, home_of, model_in, read_recipe, read_statistics, write_statistics
+from engram.core.stored import (
+    ACCOUNT,
+    account_of,
+    copy_beside,
+    home_of,
+    model_in,
+    read_recipe,
+    read_statistics,
+    write_statistics,
+)
 from engram.core.verbs import automatic
 from engram.data.table import Table
 from engram.data.where import column_of
@@ -33,13 +42,12 @@ from engram.engine.predict import predict
 from engram.engine.progress import Progress
 from engram.engine.run import Run
 from engram.errors import EngramError, nearest, unknown
-from engram.files import LEFT, SUMS, new_directory, refuse_existing, sweep, write_atomic
+from engram.files import new_directory, refuse_existing, sweep, write_atomic
 from engram.models import io
 from engram.models.guards import is_guard
 
 FORMAT = 1
 Account = dict[str, Any]
-WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".index.json")
 
 
 @dataclass(frozen=True)
@@ -269,9 +277,7 @@ class Desk:
             save_learner(result, fresh, tasks=self.tasks)
         else:
             io.save(result, fresh)
-        for file in self.directory.iterdir():  # tokenizer, processor, preprocessing
-            if file.is_file() and not (fresh / file.name).exists() and _beside(file.name):
-                shutil.copyfile(file, fresh / file.name)
+        copy_beside(self.directory, fresh)
 
 
 def prepare(
@@ -370,11 +376,6 @@ def _class(table: Table, name: str) -> int:
     if name.lstrip("-").isdigit() and int(name) in table.classes:
         return int(name)
     raise unknown("class", name, [*by_name, *map(str, table.classes)])
-
-
-def _beside(name: str) -> bool:
-    """Files that belong to a model and are not its weights."""
-    return not name.endswith(WEIGHTS) and name not in (io.CONFIG, ACCOUNT, SUMS) and not LEFT.fullmatch(name)
 
 
 def _sha256(text: str) -> str:

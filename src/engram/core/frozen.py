@@ -134,7 +134,13 @@ class FrozenLearner(Learner):
         return self.model.head
 
     def encoder(self, task: Task, run: Run) -> nn.Module:
-        """The encoder under the head."""
+        """The encoder under the head. EngramError, without a backbone, for rows that are no features themselves."""
+        if self.backbone is None and not {"values", "pixel_values"} & set(task.train.inputs):
+            raise EngramError(
+                f"{name_of(self)} without a backbone takes numbers or images as features (values, pixel_values), and "
+                f"these rows have {', '.join(task.train.inputs) or 'neither'}; give it a backbone that reads them, or "
+                "columns of numbers"
+            )
         return frozen_encoder(self.backbone, inputs=task.train.shapes, generator=run.generator("backbone"))
 
     def new_head(self, width: int) -> nn.Module:

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from torch import nn
 
 from engram.core.needs import NOTHING, Needs
 from engram.core.request import Request
-from engram.core.settings import settings
+from engram.core.settings import name_of, settings
 from engram.core.trace import State, Trace
 from engram.data.table import IGNORED, MISSING, Ids, Table
 from engram.data.task import Task
 from engram.engine.run import Run
-from engram.errors import EngramError
+from engram.errors import EngramError, at_least
 
 
 @dataclass(kw_only=True, eq=False)
@@ -132,6 +132,16 @@ def require_labels(task: Task) -> None:
 def fork(learner: Learner) -> Learner:
     """An independent copy, through its state; never a deep copy of anything alive."""
     twin = fresh(learner)
+    twin.load_state_dict(learner.state_dict())
+    return twin
+
+
+def batched(learner: Learner, size: int) -> Learner:
+    """An independent copy with another batch size. EngramError for a learner that has none."""
+    if "batch_size" not in settings(learner):
+        raise EngramError(f"{name_of(learner)} has no batch_size; leave it out")
+    at_least("the batch size", size, 1)
+    twin = replace(learner, batch_size=size)  # type: ignore[call-arg]
     twin.load_state_dict(learner.state_dict())
     return twin
 

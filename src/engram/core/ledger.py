@@ -106,6 +106,10 @@ class Ledger:
         url = self.place if "://" in self.place else f"sqlite:///{Path(self.place).absolute()}"
         file = None if "://" in self.place else Path(self.place)
         self.key_file = Path(key) if key else Path(f"{file}.key") if file else Path("engram-ledger.key")
+        if file is not None:
+            _refuse_other_files(file)
+        if file is not None and not file.exists() and self.key_file.exists():
+            self._read_key()  # before a ledger is begun with it
         self._engine = _engine(url)
         self._open()
 
@@ -294,20 +298,28 @@ class Ledger:
             start = {"schema": SCHEMA, "count": 0, "head": START, "records": 0, "key": self._check()}
             db.execute(_meta.insert(), [{"name": name, "value": str(value)} for name, value in start.items()])
 
-    def _key(self, db: sa.Connection) -> bytes:
+    def check_key(self) -> None:
+        """EngramError if the key is missing or another ledger's: without it no record can be noted or looked up."""
+        with self._reading() as db:
+            self._key(db)
+
+    def _read_key(self) -> bytes:
         try:
-            key = bytes.fromhex(self.key_file.read_text().strip())
+            return bytes.fromhex(self.key_file.read_text().strip())
         except (OSError, ValueError) as error:
             raise EngramError(
                 f"the key of the ledger, {self.key_file}, cannot be read ({error}), and without it no record can be "
                 "looked up; `engram ledger new-key` begins a new one and gives the records so far up"
             ) from error
+
+    def _key(self, db: sa.Connection) -> bytes:
+        key = self._read_key()
         if not hmac.compare_digest(str(self._value(db, "key")), _check_of(key)):
             raise EngramError(f"{self.key_file} is the key of another ledger than {self.place}")
         return key
 
     def _check(self) -> str:
-        return _check_of(bytes.fromhex(self.key_file.read_text().strip()))
+        return _check_of(self._read_key())
 
     def _value(self, db: sa.Connection, name: str) -> str | None:
         return db.execute(sa.select(_meta.c.value).where(_meta.c.name == name)).scalar()
@@ -424,6 +436,12 @@ class Ledger:
         if action is None or (action["request"], REQUESTED) not in held:
             return self._forgotten(db, self._get(db, body["parent"]).body, held)
         return f"{action['method'].get('name', 'an unknown method')}, approximate (entry {body['action']})"
+
+
+def _refuse_other_files(file: Path) -> None:
+    """SQLite takes a short file for an empty database, and would write over it."""
+    if file.is_file() and (start := file.open("rb").read(16)) and not start.startswith(b"SQLite format 3"):
+        raise EngramError(f"the ledger {file} cannot be opened: that is a file of another kind; name another --ledger")
 
 
 def write_key(path: Path) -> None:

@@ -24,25 +24,36 @@ FORMAT = 1
 LEARNER, TRACES, MODEL = "learner.json", "traces.safetensors", "model"
 
 
-def save_learner(learner: Learner, directory: str | Path, *, tasks: int = 0) -> None:
+def save_learner(
+    learner: Learner, directory: str | Path, *, tasks: int = 0, beside: Callable[[Path], object] | None = None
+) -> None:
     """Write a learner, whole or not at all: `model/` (config and weights; `load` or `from_pretrained` read it),
-    `learner.json` (settings, state without tensors, how many tasks it has had), `traces.safetensors`."""
+    `learner.json` (settings, state without tensors, how many tasks it has had), `traces.safetensors`. `beside(folder)`
+    writes what belongs to it (preprocessing, a tokenizer)."""
     state = learner.state_dict()
     tensors: dict[str, Any] = {}
     tree = flatten({"traces": state["traces"], "extra": state["extra"]}, tensors)
-    entry = {"format": FORMAT, "learner": _portable(describe(learner)), "tasks": tasks, "state": tree}
+    entry = {
+        "format": FORMAT,
+        "learner": _portable(describe(learner)),
+        "tasks": tasks,
+        "model": learner.started,
+        "state": tree,
+    }
     with new_directory(directory) as fresh:
         if learner.started:
             io.save(learner.model, fresh / MODEL)
         (fresh / TRACES).write_bytes(save_bytes(tensors))
         (fresh / LEARNER).write_text(json.dumps(entry, indent=1))
+        if beside is not None:
+            beside(fresh)
 
 
 def load_learner(directory: str | Path) -> tuple[Learner, int]:
     """The learner that `save_learner` wrote, and how many tasks it has had. EngramError names a damaged file."""
     folder = Path(directory)
     if not (folder / LEARNER).exists():
-        raise EngramError(f"{folder} holds no learner ({LEARNER} is missing)")
+        raise EngramError(f"{folder} holds no learner ({LEARNER} is missing); {io.nearby(folder)}")
     entry = _read(folder / LEARNER, lambda path: json.loads(path.read_text()))
     found = entry.get("format") if isinstance(entry, dict) else None
     if found != FORMAT:
@@ -50,7 +61,7 @@ def load_learner(directory: str | Path) -> tuple[Learner, int]:
     check_sums(folder)
     state = _read(folder / TRACES, lambda path: unflatten(entry["state"], load_file(path)))
     learner: Learner = make(entry["learner"])
-    model = list(io.pack(io.load(folder / MODEL))) if (folder / MODEL).is_dir() else None
+    model = list(io.pack(io.load(folder / MODEL))) if entry.get("model", (folder / MODEL).is_dir()) else None
     learner.load_state_dict({"model": model, **state})
     return learner, entry["tasks"]
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engram.core.onward import preprocessing_of
+from engram.data.preprocessing import FILE, Preprocessing
 from engram.data.qa import holds_pairs, pairs, read_pairs
 from engram.data.readers import read_with
 from engram.data.table import IGNORED, MISSING, Table, Target
@@ -21,6 +21,11 @@ from engram.errors import EngramError, unknown
 
 TOKENIZERS = ("tokenizer.json", "tokenizer_config.json")
 PROCESSOR = "preprocessor_config.json"
+
+
+def preprocessing_of(directory: str | Path) -> Preprocessing | None:
+    """How the rows of a saved model were read, if that was saved beside it."""
+    return Preprocessing.load(Path(directory)) if (Path(directory) / FILE).exists() else None
 
 
 def rows_for(directory: str | Path, model: nn.Module, source: str | Path, **columns: Any) -> Table:
@@ -34,13 +39,13 @@ def rows_for(directory: str | Path, model: nn.Module, source: str | Path, **colu
     """
     folder = Path(directory)
     prompt = columns.pop("prompt", None)
-    words = _generates(model)
+    words = generates(model)
     if words and prompt is None and "text" not in columns and holds_pairs(source):
         return _fitting(pairs(read_pairs(source), _tokenizer(folder)), model)
     if words:
         columns.setdefault("label", False)
     processor = _json(folder / PROCESSOR)
-    known = preprocessing_of(folder) or preprocessing_of(folder.parent)
+    known = known_of(folder)
     table, _ = read_with(source, preprocessing=known, image_size=_size(processor), **columns)
     table = _normalised(table, processor)
     if "text" in table.extra and "input_ids" not in table.inputs and (words or _homes(folder)):
@@ -100,7 +105,13 @@ def _tokenizer(folder: Path) -> Any:
         raise EngramError(f"the tokenizer in {folder} cannot be read: {str(error).splitlines()[0]}") from error
 
 
-def _generates(model: nn.Module) -> bool:
+def known_of(folder: Path) -> Preprocessing | None:
+    """How the rows were read: beside the model, or in the learner's directory around it."""
+    return preprocessing_of(folder) or preprocessing_of(folder.parent)
+
+
+def generates(model: nn.Module) -> bool:
+    """Is this a language model, whose answers are text?"""
     return bool(getattr(model, "can_generate", bool)())
 
 
@@ -142,17 +153,22 @@ def _named_as(table: Table, model: nn.Module) -> Table:
     return replace(table, labels=labels, names={int(number): name for name, number in ids.items()})
 
 
-def _fitting(table: Table, model: nn.Module) -> Table:
-    """The table, if the model takes its rows and has a column for every label."""
-    if not len(table):
-        return table
+def columns_for(table: Table, model: nn.Module) -> int:
+    """How many numbers the model gives for a row of the table. EngramError if it does not take its rows."""
     try:
-        columns = predict(model, table.take([0])).shape[-1]
+        return predict(model, table.take([0])).shape[-1]
     except EngramError:
         raise
     except (TypeError, RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise EngramError(f"the model {type(model).__name__} does not take these rows: {reason}") from error
+
+
+def _fitting(table: Table, model: nn.Module) -> Table:
+    """The table, if the model takes its rows and has a column for every label."""
+    if not len(table):
+        return table
+    columns = columns_for(table, model)
     if table.labels is None or table.target == Target.TOKENS:
         return table
     if table.target == Target.NUMBERS and columns != table.labels.shape[1]:

@@ -13,9 +13,9 @@ import yaml
 
 from engram.core.environment import environment
 from engram.core.learner import Learner, fresh
-from engram.core.persist import save_learner
+from engram.core.persist import load_learner, save_learner
 from engram.core.plan import Plan, read_plan
-from engram.core.timeline import Record, Timeline
+from engram.core.timeline import Record, Story, Timeline
 from engram.data.preprocessing import Preprocessing
 from engram.data.qa import pairs, read_pairs, tokenizer_for
 from engram.data.readers import read, read_with, train_test
@@ -23,8 +23,8 @@ from engram.data.table import Table
 from engram.data.task import Task
 from engram.engine.progress import Progress
 from engram.engine.run import Run
-from engram.errors import EngramError, unknown
-from engram.files import LEFT, SUMS, sum_files, sweep, write_atomic
+from engram.errors import EngramError, nearest, unknown
+from engram.files import LEFT, SUMS, check_sums, refuse_existing, sum_files, sweep, write_atomic
 
 FORMAT = 1
 CONFIG, STATUS, EVENTS, ENVIRONMENT, METRICS = (
@@ -42,8 +42,12 @@ def read_config(path: str | Path) -> dict[str, Any]:
     shipped = Path(__file__).parents[1] / "configs" / f"{path}.yaml"
     if not found.is_file():
         if not shipped.is_file():
-            names = ", ".join(sorted(p.stem for p in shipped.parent.glob("*.yaml")))
-            raise EngramError(f"there is no config file {path}; give a YAML file, or one of: {names}")
+            names = sorted(p.stem for p in shipped.parent.glob("*.yaml"))
+            near = nearest(found.stem, names)
+            hint = f"did you mean {near!r}?" if near else f"give a YAML file, or one of: {', '.join(names)}"
+            raise EngramError(
+                f"{path} is a directory; {hint}" if found.is_dir() else f"there is no config file {path}; {hint}"
+            )
         found = shipped
     try:
         config = yaml.safe_load(found.read_text())
@@ -157,7 +161,15 @@ class Running:
         return total
 
     def execute(self) -> list[Record]:
-        """Do the work and write the directory; `run.json` says "finished" only after everything else is written."""
+        """Do the work and write the directory; `run.json` says "finished" only after everything else is written. A run
+        that cannot do its first event leaves nothing that stands in the way of a better config."""
+        try:
+            return self._execute()
+        except EngramError:
+            self._withdraw()
+            raise
+
+    def _execute(self) -> list[Record]:
         self._write_status("running")
         (self.directory / SUMS).unlink(missing_ok=True)
         write_atomic(self.directory / CONFIG, yaml.safe_dump(self.plan.resolved(), sort_keys=False, allow_unicode=True))
@@ -167,8 +179,7 @@ class Running:
         write_metrics(records, self.directory / METRICS)
         for story in self.timeline.stories:
             folder = self.directory / "models" / story.name
-            save_learner(story.learner, folder, tasks=story.taken)
-            self.preprocessing.save(folder)
+            save_learner(story.learner, folder, tasks=story.taken, beside=self.preprocessing.save)
         sum_files(self.directory, (CONFIG, ENVIRONMENT, EVENTS, METRICS))
         sweep(sorted(self.directory.rglob(".*")))
         return records
@@ -177,15 +188,41 @@ class Running:
         """Mark the run as finished."""
         self._write_status("finished")
 
+    @property
+    def finished(self) -> bool:
+        """Was it finished before?"""
+        return _state(self.directory / STATUS) == "finished"
+
+    def reread(self) -> list[Record]:
+        """What a finished run wrote, as `execute` gave it; its learners stand in `timeline.stories` again."""
+        check_sums(self.directory)
+        loaded = {name: load_learner(self.directory / "models" / name) for name in self.plan.learners}
+        self.timeline.stories = [Story(name, learner, tasks) for name, (learner, tasks) in loaded.items()]
+        records: list[Record] = json.loads((self.directory / EVENTS).read_text())
+        return records
+
+    def _withdraw(self) -> None:
+        """Take away a run that has journaled nothing and written no result."""
+        if (self.directory / "journal").exists() or (self.directory / EVENTS).exists():
+            return
+        for name in (CONFIG, ENVIRONMENT, STATUS):
+            (self.directory / name).unlink(missing_ok=True)
+        if self.directory.is_dir() and not any(self.directory.iterdir()):
+            self.directory.rmdir()
+
     def _claim(self, resume: bool) -> None:
         status = self.directory / STATUS
+        if not self.directory.is_dir():
+            refuse_existing(self.directory)
         held = self.directory.exists() and any(not LEFT.fullmatch(path.name) for path in self.directory.iterdir())
         if held and not resume:
             state = _state(status)
             hint = "use --resume to go on" if state == "running" else "choose another --out"
             raise EngramError(f"{self.directory} exists already and holds {_article(state)}; {hint}")
         if resume and not status.exists() and (held or not self.directory.exists()):
-            raise EngramError(f"{self.directory} holds no run to resume ({STATUS} is missing)")
+            raise EngramError(
+                f"{self.directory} holds no run to resume ({STATUS} is missing); begin it without --resume"
+            )
         if resume:
             self._same_config()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,16 +15,17 @@ from safetensors.torch import save as save_bytes
 from torch import nn
 
 from engram.core.persist import MODEL, is_learner
+from engram.core.settings import typed
 from engram.data.table import Table
 from engram.engine.journal import flatten, unflatten
-from engram.engine.optimizer import Optimizer
 from engram.engine.recipe import Recipe
-from engram.errors import EngramError, unknown
-from engram.files import check_sums, new_directory
+from engram.errors import EngramError, at_least, unknown
+from engram.files import LEFT, SUMS, check_sums, new_directory
 from engram.models import io
 
 FORMAT = 1
 ACCOUNT, STATISTICS = "erasure.json", "statistics.json"
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".index.json")
 
 
 def read_recipe(path: str | Path, model: str | Path, table: Table) -> Recipe:
@@ -31,7 +33,7 @@ def read_recipe(path: str | Path, model: str | Path, table: Table) -> Recipe:
     batch_size."""
     try:
         given = yaml.safe_load(Path(path).read_text())
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
         raise EngramError(f"the recipe {path} cannot be read: {str(error).splitlines()[0]}") from error
     known = ("network", "optimizer", "epochs", "batch_size")
     if not isinstance(given, dict):
@@ -40,9 +42,11 @@ def read_recipe(path: str | Path, model: str | Path, table: Table) -> Recipe:
         if key not in known:
             raise unknown("key of a recipe", key, known)
     given = {"network": {"fresh": str(home_of(Path(model)))}, **given}
-    if "optimizer" in given:
-        given["optimizer"] = _optimizer(given["optimizer"])
-    return Recipe(**given, classes=table.classes)
+    if isinstance(given.get("optimizer"), str):
+        given["optimizer"] = {"name": given["optimizer"]}
+    recipe = Recipe(**typed(Recipe, given), classes=table.classes)
+    at_least("epochs of a recipe", recipe.epochs, 1)
+    return recipe
 
 
 def write_statistics(
@@ -71,13 +75,6 @@ def read_statistics(path: str | Path, model: nn.Module) -> dict[str, Any]:
         raise EngramError(f"the statistics in {folder} cannot be read: {error}") from error
 
 
-def _optimizer(given: Any) -> Optimizer:
-    try:
-        return Optimizer(**given) if isinstance(given, dict) else Optimizer(str(given))
-    except TypeError as error:
-        raise EngramError(f"the optimizer of the recipe: {error}") from error
-
-
 def model_in(directory: Path) -> nn.Module:
     """The model of a model's or a learner's directory."""
     return io.load(home_of(directory))
@@ -86,6 +83,18 @@ def model_in(directory: Path) -> nn.Module:
 def home_of(directory: Path) -> Path:
     """Where the model of a model's or a learner's directory stands."""
     return directory / MODEL if is_learner(directory) else directory
+
+
+def copy_beside(old: Path, new: Path) -> None:
+    """Copy what belongs to a model and is not its weights (tokenizer, processor, preprocessing), as far as it is not
+    there."""
+    for file in old.iterdir():
+        if file.is_file() and not (new / file.name).exists() and _beside(file.name):
+            shutil.copyfile(file, new / file.name)
+
+
+def _beside(name: str) -> bool:
+    return not name.endswith(WEIGHTS) and name not in (io.CONFIG, ACCOUNT, SUMS) and not LEFT.fullmatch(name)
 
 
 def account_of(directory: Path) -> dict[str, Any]:

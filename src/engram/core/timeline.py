@@ -82,6 +82,8 @@ class Timeline:
         """The request of a forget event, with everything that is at hand for it."""
         rows = self._learnt(story)
         what = step.event.what
+        if any(value in ([], 0, "", None) for value in what.values()):
+            raise EngramError(f"{step.title}: the forget set is empty; name at least one record or class")
         history = self._history(story)
         if "classes" in what:
             request = Request.of_classes(rows, tuple(self._class(rows, label) for label in what["classes"]))
@@ -224,8 +226,11 @@ class Timeline:
 
     def _class(self, rows: Table, label: Any) -> int:
         by_name = {name: id for id, name in rows.names.items()}
-        if str(label) in by_name:
-            return by_name[str(label)]
+        label = by_name.get(str(label), label)
+        if label in self.everything.classes and label not in rows.classes:
+            raise EngramError(
+                f"the class {label!r} is not there when it must be forgotten; learn it in an earlier event"
+            )
         if label not in rows.classes:
             raise unknown("class", label, [*rows.classes, *by_name])
         return int(label)
@@ -251,20 +256,21 @@ class Timeline:
         return self._count
 
     def _check(self) -> None:
-        """Find out before any work that a request can be carried out by each learner."""
+        """Find out before any work that every request can be carried out, as things will then stand. Requests are the
+        same for all learners; those that cannot forget by themselves need a method."""
+        unable = [name for name, learner in self.plan.learners.items() if not isinstance(learner, Forgetful)]
+        story = Story("", next(iter(self.plan.learners.values())))
         for step in self.steps:
-            if step.event.kind != "forget":
+            if step.event.kind == "learn":
+                story.taken = (step.task or 0) + 1
                 continue
-            for name, learner in self.plan.learners.items():
-                if step.event.method is None and not isinstance(learner, Forgetful):
-                    raise EngramError(f"{name} cannot forget by itself; give the config a 'forgetter', such as SSD")
-            if any(value in ([], 0, "", None) for value in step.event.what.values()):
-                raise EngramError(f"{step.title}: the forget set is empty; name at least one record or class")
-            if "classes" in step.event.what:
-                for label in step.event.what["classes"]:
-                    self._class(self.everything, label)
-            elif isinstance(step.event.what.get("records"), list):
-                self.everything.rows_of(map(str, step.event.what["records"]))
+            method = step.event.method
+            if unable and method is None:
+                raise EngramError(f"{unable[0]} cannot forget by itself; give the config a 'forgetter', such as SSD")
+            request = self.request(step, story)
+            if unable and method is not None:
+                method.check(request)
+            story.gone |= set(request.ids)
 
 
 ANSWERS = 20  # forgotten rows whose answers are compared

@@ -163,6 +163,8 @@ def _hub(name: str) -> Raw:
     import datasets
 
     repository, _, split = name.partition("@")
+    if not repository:
+        raise EngramError("hub: needs the name of a data set, as in hub:mnist or hub:mnist@test")
     try:
         found = datasets.load_dataset(repository, split=split or "train")
     except (OSError, ValueError) as error:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +18,6 @@ from engram.stats.seeds import generator
 
 if TYPE_CHECKING:
     from engram.data.chronological import Dated
-
-SCENARIOS = ("class", "task", "few-shot", "domain", "single")
 
 
 @dataclass(frozen=True)
@@ -125,14 +124,30 @@ def online(stages: Sequence[Stage], batch: int, seed: int = 0) -> Iterator[Task]
 
 def stream(train: Table, test: Table, scenario: str = "class", **settings: object) -> list[Stage]:
     """A stream by the name of its scenario: class, task (the same stages; probes may use the task's classes),
-    few-shot, domain (`column`), single."""
+    few-shot, domain (`column`), single, which takes no settings. EngramError for settings that are unknown or lacking.
+    """
     if scenario not in SCENARIOS:
         raise unknown("scenario", scenario, SCENARIOS)
-    if scenario in ("class", "task"):
-        return class_stream(train, test, **settings)  # type: ignore[arg-type]
-    if scenario == "few-shot":
-        return few_shot(train, test, **settings)  # type: ignore[arg-type]
-    return domain_stream(train, test, **settings) if scenario == "domain" else single(train, test)  # type: ignore[arg-type]
+    if scenario == "single":
+        return single(train, test)
+    cut = SCENARIOS[scenario]
+    _, _, *wanted = signature(cut).parameters.values()
+    lacking = [p.name for p in wanted if p.default is p.empty and p.name not in settings]
+    for name in settings:
+        if name not in [p.name for p in wanted]:
+            raise unknown(f"setting of a {scenario} stream", name, [p.name for p in wanted])
+    if lacking:
+        raise EngramError(f"a {scenario} stream needs {', '.join(lacking)}")
+    return cut(train, test, **settings)
+
+
+SCENARIOS: dict[str, Callable[..., list[Stage]]] = {
+    "class": class_stream,
+    "task": class_stream,
+    "few-shot": few_shot,
+    "domain": domain_stream,
+    "single": single,
+}
 
 
 def _stage(train: Table, test: Table, index: int, classes: tuple[int, ...]) -> Stage:

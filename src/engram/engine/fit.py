@@ -134,7 +134,7 @@ class _Loop:
 
     def _updates(self, batch: Any) -> Iterable[Tensor]:
         """Do the batch's updates; the loss of each, detached (this process's share of it)."""
-        with torch.autocast(self.run.device.type, torch.bfloat16, enabled=self.run.precision == "bfloat16"):
+        with self.run.autocast():
             if self.micro is not None and _rows(batch) > self.micro:
                 yield self._micro_update(batch)
                 return

@@ -9,16 +9,17 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from engram.errors import unknown
+from engram.errors import at_least, unknown
 
 SCHEDULES = ("constant", "cosine", "linear", "steps")
+KINDS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 
 
 @dataclass(frozen=True)
 class Optimizer:
     """`name`: sgd, adam or adamw. `schedule`: constant, cosine (to 0), linear (to 0), or steps (times `gamma` at each
     of `milestones`, shares of the training). `warmup`: share of the training with a linear rise. `clip`: the largest
-    norm of the gradient, or None."""
+    norm of the gradient, or None. EngramError for an unknown name or schedule, and for numbers that make no sense."""
 
     name: str = "adam"
     lr: float = 1e-3
@@ -31,19 +32,21 @@ class Optimizer:
     gamma: float = 0.1
     clip: float | None = None
 
-    def build(self, params: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-        """The optimiser over these parameters; EngramError for an unknown name or schedule."""
+    def __post_init__(self) -> None:
+        if self.name not in KINDS:
+            raise unknown("optimizer", self.name, KINDS)
         if self.schedule not in SCHEDULES:
             raise unknown("schedule", self.schedule, SCHEDULES)
+        for name in ("lr", "momentum", "weight_decay", "warmup"):
+            at_least(f"{name} of the optimizer", getattr(self, name), 0)
+        if self.clip is not None:
+            at_least("clip of the optimizer", self.clip, 0)
+
+    def build(self, params: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        """The optimiser over those of the parameters that can be trained."""
+        own = {"momentum": self.momentum, "nesterov": self.nesterov} if self.name == "sgd" else {}
         params = [p for p in params if p.requires_grad]
-        if self.name == "sgd":
-            return torch.optim.SGD(
-                params, self.lr, self.momentum, weight_decay=self.weight_decay, nesterov=self.nesterov
-            )
-        kinds = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
-        if self.name not in kinds:
-            raise unknown("optimizer", self.name, ["sgd", *kinds])
-        return kinds[self.name](params, self.lr, weight_decay=self.weight_decay)
+        return KINDS[self.name](params, lr=self.lr, weight_decay=self.weight_decay, **own)
 
     def factor(self, progress: float) -> float:
         """What the learning rate is multiplied by, at a share of the training in [0, 1)."""

@@ -12,7 +12,7 @@ from engram.engine.fit import fit
 from engram.engine.losses import Mean, by_target
 from engram.engine.optimizer import Optimizer
 from engram.engine.run import Run
-from engram.errors import EngramError
+from engram.errors import EngramError, at_least
 from engram.models.build import build
 
 
@@ -33,6 +33,10 @@ class Recipe:
     epochs: int = 20
     batch_size: int = 64
     classes: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        at_least("epochs of a recipe", self.epochs, 0)
+        at_least("batch_size of a recipe", self.batch_size, 1)
 
     def __call__(self, table: Table, seed: int, run: Run | None = None) -> nn.Module:
         """Train on the table; draws follow from `seed` and the table's row order alone. EngramError for no rows, and

@@ -23,11 +23,12 @@ from torch import nn
 from engram.engine.cost import Cost
 from engram.engine.journal import Journal
 from engram.engine.progress import Progress, Silent
-from engram.errors import EngramError
+from engram.errors import EngramError, unknown
 from engram.models.seeding import seeded
 from engram.stats.seeds import derive, generator
 
 T = TypeVar("T")
+PRECISIONS = ("float32", "bfloat16")
 
 
 class Run:
@@ -52,6 +53,8 @@ class Run:
         self.directory = Path(directory) if directory is not None else None
         self.seed = seed
         self.device = _device(device)
+        if precision not in PRECISIONS:
+            raise unknown("precision", precision, PRECISIONS)
         self.precision = precision
         self.report: Progress = progress or Silent()
         self.watch = watch
@@ -133,6 +136,10 @@ class Run:
     def seeded(self, *names: object) -> AbstractContextManager[None]:
         """Run a block (dropout, weight initialisation) under a global generator of its own, put back afterwards."""
         return seeded(self.generator(*names))
+
+    def autocast(self) -> AbstractContextManager[None]:
+        """Compute a block in this run's precision: in bfloat16 where that is safe, or as it stands."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16")
 
     @contextmanager
     def progress(self, what: str, total: int) -> Iterator[Callable[[int], None]]:

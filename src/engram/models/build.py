@@ -47,6 +47,8 @@ def build(
     """
     if isinstance(spec, nn.Module):
         return copy.deepcopy(spec)
+    if not isinstance(spec, Mapping | str | Path):
+        raise EngramError(f"a model is a name, {{name: …}}, or the directory of a saved one; not {spec!r}")
     if not isinstance(spec, Mapping):
         if str(spec) not in ENCODERS and Path(spec).is_dir():
             return load(spec)

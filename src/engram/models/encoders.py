@@ -128,7 +128,7 @@ def flat(model: nn.Module, size: int, values: Tensor | None, pixel_values: Tenso
 
 
 def _listed(names: Iterable[str]) -> str:
-    return ", ".join(names) or "nothing"
+    return ", ".join(names) or "no number and no image in these rows"
 
 
 def _groups(width: int) -> nn.Module:

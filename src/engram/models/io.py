@@ -57,6 +57,8 @@ def load(directory: str | Path) -> nn.Module:
 
 
 def _read(directory: str | Path) -> nn.Module:
+    if not (Path(directory) / CONFIG).is_file():
+        raise EngramError(f"{directory} holds no saved model ({CONFIG} is missing); {nearby(Path(directory))}")
     config = _read_config(Path(directory) / CONFIG)
     weights = Path(directory) / WEIGHTS
     _refuse_pickle(Path(directory))
@@ -68,6 +70,17 @@ def _read(directory: str | Path) -> nn.Module:
         raise EngramError(f"cannot read {weights}: {error}") from error
     except Exception as error:  # a damaged config makes the class that it names raise anything
         raise EngramError(f"cannot load {directory}: {str(error) or type(error).__name__}") from error
+
+
+def nearby(directory: Path) -> str:
+    """Where a model or a learner may stand instead, in words, for whoever named a directory that holds none."""
+    right = f"give one that engram wrote, or save_pretrained with {WEIGHTS}"
+    if not directory.is_dir():
+        return f"{'it is no' if directory.exists() else 'there is no such'} directory; {right}"
+    learners = sorted(path for path in (directory / "models").glob("*") if path.is_dir() and path.name[0] != ".")
+    if learners:
+        return f"this is a run: give {' or '.join(map(str, learners[:3]))}"
+    return right
 
 
 def fresh(directory: str | Path, generator: torch.Generator) -> nn.Module:
