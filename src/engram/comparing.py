@@ -9,8 +9,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from engram.commands import Command, progress_of
-from engram.errors import EngramError
+from engram.commands import Command, progress_of, yaml_of
+from engram.errors import EngramError, at_least
 
 
 def add(command: Command) -> None:
@@ -71,6 +71,9 @@ def _compare(given: argparse.Namespace, rest: list[str]) -> None:
     shared = {"trials": given.trials, "budget": given.budget, "jobs": given.jobs, "epochs": given.epochs}
     shared = {key: value for key, value in shared.items() if value is not None}
     shared |= {"seeds": tuple(given.seeds)} if given.seeds else {}
+    for name in ("trials", "jobs", "epochs", "limit", "image_size", "budget"):
+        if (value := getattr(given, name)) is not None:
+            at_least(f"--{name.replace('_', '-')}", value, 0 if name == "budget" else 1)
     if given.out is None and not given.estimate:
         raise EngramError("say where the comparison shall stand, with --out DIR")
     given.out = given.out or "."  # an estimate writes nothing
@@ -99,15 +102,13 @@ def _single(given: argparse.Namespace) -> tuple[str, str | None]:
 
 
 def _forgetters(given: argparse.Namespace, shared: dict[str, Any]) -> Any:
-    import yaml
-
     from engram.compare.unlearning import Comparison, Contest
 
     plan = Comparison(
         *_single(given),
         limit=given.limit,
         image_size=given.image_size,
-        network=yaml.safe_load(given.network),
+        network=yaml_of("--network", given.network),
         methods=tuple(given.methods),
         requests=tuple(given.requests),
         **shared,
@@ -116,8 +117,6 @@ def _forgetters(given: argparse.Namespace, shared: dict[str, Any]) -> Any:
 
 
 def _learners(given: argparse.Namespace, shared: dict[str, Any]) -> Any:
-    import yaml
-
     from engram.compare.continual import Comparison, Contest, Stream
 
     if given.test and len(given.test) != len(given.data):
@@ -130,7 +129,7 @@ def _learners(given: argparse.Namespace, shared: dict[str, Any]) -> Any:
             for base, increment in given.stream or [(2, 2)]
         ),
         learners=tuple(given.methods),
-        common={"network": yaml.safe_load(given.network), "epochs": shared.pop("epochs", 20)},
+        common={"network": yaml_of("--network", given.network), "epochs": shared.pop("epochs", 20)},
         **shared,
     )
     return Contest(plan, given.out, progress=progress_of(given))

@@ -221,6 +221,9 @@ def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
     with pytest.raises(EngramError):
         Contest(Comparison((Stream(base=11, increment=2),), learners=("NMC",)), tmp_path / "out").execute()
     assert not (tmp_path / "out").exists()
+    (tmp_path / "file").touch()
+    with pytest.raises(EngramError, match="is a file"):
+        Contest(Comparison((STREAM,), learners=("NMC",)), tmp_path / "file").execute()
 
 
 def test_the_command_writes_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -247,9 +250,12 @@ def test_the_estimate_tries_a_task_and_writes_nothing(
 @pytest.mark.parametrize(
     ("words", "match"),
     [("continual --data sklearn:digits sklearn:wine --test a.csv", "2 --data and 1 --test"),
-     ("unlearning --data sklearn:digits sklearn:wine", "takes one --data")],
+     ("unlearning --data sklearn:digits sklearn:wine", "takes one --data"),
+     ("continual --network [", "--network=[ cannot be read as YAML"),
+     ("continual --epochs 0", "--epochs is 0; give 1 or more"),
+     ("unlearning --jobs 0", "--jobs is 0; give 1 or more")],
 )  # fmt: skip
-def test_sources_that_do_not_fit_are_refused(words: str, match: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_arguments_that_do_not_fit_are_refused(words: str, match: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["compare", *words.split(), "--estimate"]) == 2
     assert match in capsys.readouterr().err
 

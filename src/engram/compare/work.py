@@ -70,6 +70,8 @@ class Work:
     def claim(self) -> None:
         """The directory belongs to this comparison from now on."""
         file = self.out / PLAN
+        if self.out.is_file():
+            raise EngramError(f"{self.out} is a file; choose another --out")
         plain = json.loads(json.dumps({"format": FORMAT, **asdict(self.plan)}))
         mine = {key: value for key, value in plain.items() if key not in self.free}
         if file.exists() and json.loads(file.read_text()) != mine:
