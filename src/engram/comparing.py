@@ -25,6 +25,7 @@ def add(command: Command) -> None:
     compare.add_argument("--image-size", type=int, metavar="PIXELS", help="bring images to this height and width")
     compare.add_argument("--network", default="MLP", help='a name, or YAML as in "{name: ConvNet, widths: [16, 32]}"')
     compare.add_argument("--epochs", type=int, help="of training; default: 20, language: 22")
+    compare.add_argument("--batch-size", type=int, metavar="ROWS", help="continual: of every learner that has one")
     compare.add_argument("--methods", nargs="+", default=[], metavar="METHOD", help="default: all that can be used")
     compare.add_argument(
         "--requests", nargs="+", default=["random", "class", "subclass"], metavar="KIND", help="of these three"
@@ -71,7 +72,7 @@ def _compare(given: argparse.Namespace, rest: list[str]) -> None:
     shared = {"trials": given.trials, "budget": given.budget, "jobs": given.jobs, "epochs": given.epochs}
     shared = {key: value for key, value in shared.items() if value is not None}
     shared |= {"seeds": tuple(given.seeds)} if given.seeds else {}
-    for name in ("trials", "jobs", "epochs", "limit", "image_size", "budget"):
+    for name in ("trials", "jobs", "epochs", "batch_size", "limit", "image_size", "budget"):
         if (value := getattr(given, name)) is not None:
             at_least(f"--{name.replace('_', '-')}", value, 0 if name == "budget" else 1)
     if given.out is None and not given.estimate:
@@ -122,6 +123,7 @@ def _learners(given: argparse.Namespace, shared: dict[str, Any]) -> Any:
     if given.test and len(given.test) != len(given.data):
         raise EngramError(f"{len(given.data)} --data and {len(given.test)} --test; give one for each, or none")
     pairs = zip(given.data, given.test or [None] * len(given.data), strict=True)
+    common = {"network": yaml_of("--network", given.network), "epochs": shared.pop("epochs", 20)}
     plan = Comparison(
         tuple(
             Stream(data, test, base, increment, given.limit, given.image_size)
@@ -129,7 +131,7 @@ def _learners(given: argparse.Namespace, shared: dict[str, Any]) -> Any:
             for base, increment in given.stream or [(2, 2)]
         ),
         learners=tuple(given.methods),
-        common={"network": yaml_of("--network", given.network), "epochs": shared.pop("epochs", 20)},
+        common=common | ({} if given.batch_size is None else {"batch_size": given.batch_size}),
         **shared,
     )
     return Contest(plan, given.out, progress=progress_of(given))
