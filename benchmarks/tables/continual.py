@@ -46,20 +46,20 @@ INTRO = """Every learner sees the same frozen features, which
 python -m benchmarks.features --data DATA --encoder ENCODER --out FEATURES --rows 50 --tests 20
 ```
 
-writes: images through the ResNet-56 trained on CIFAR-10, or ResNet-20 where it says so (64 numbers), sentences through
-MiniLM (384); 50 training and 20 test rows of each class, of Fashion-MNIST 500 and 200. A learner that trains a network
-trains an MLP with one hidden layer of 128 on them, {epochs} epochs a task. Class orders: seeds 1993, 1994,
-1995; mean ± half of the 95 % t interval over them. Every learner tried at most {trials} learning rates within
-{budget:.0f} seconds on a class order of its own, where 30 % of the training rows stood in for the test rows; the best
-was frozen. Accuracies are task means among all classes seen. Numbers: in the model after the last task, in
-thousands; kB: of the model and all other state. GFLOP: while the second and the last task are learnt, along the
-first class order. Time: CPU seconds of learning all tasks, as a multiple of fine-tuning's along the same stream.
-Methods that need images are in [prompts](prompts.md). A few have settings of their own, which the module
-lists (`OWN`, `named`): TAME a window of 10 losses, since a task has some dozens of batches; TaskFreeMAS one pass
-of five updates a batch with a clipped gradient; Independent,
-Previous and Dynamic two trials a task; VirtualOutliers fine-tuning for its host, and 100 offsets at each point
-of the border. LingoCL's vectors are the class names through MiniLM (384), its host is LwF, or Replay where it
-says `-replay`; `-random` is the control, random directions of the same width in place of names."""
+writes: images through the ResNet-56 trained on CIFAR-10, or ResNet-20 where it says so (64 numbers), sentences
+through MiniLM (384); 50 training and 20 test rows of each class (a few of Banking77 have fewer), of Fashion-MNIST 500
+and 200. A learner that trains a network trains an MLP with one hidden layer of 128 on them, {epochs} epochs a task.
+Class orders: seeds 1993, 1994, 1995; mean ± half of the 95 % t interval over them. Every learner tried at most
+{trials} learning rates within {budget:.0f} seconds on a class order of its own, where 30 % of the training rows stood
+in for the test rows; the best was frozen. Accuracies are task means among all classes seen. Numbers: in the model
+after the last task, in thousands; kB: of the model and all other state. GFLOP: while the second and the last task are
+learnt, along the first class order. Time: CPU seconds of learning all tasks, as a multiple of fine-tuning's along the
+same stream. Methods that need images are in [prompts](prompts.md). A few have settings of their own, which the module
+lists (`OWN`, `named`): TAME a window of 10 losses, since a task has some dozens of batches; TaskFreeMAS one pass of
+five updates a batch with a clipped gradient; Independent, Previous and Dynamic two trials a task; VirtualOutliers
+fine-tuning for its host, and 100 offsets at each point of the border. LingoCL's vectors are the class names through
+MiniLM (384), its host is LwF, or Replay where it says `-replay`; `-random` is the control, random directions of the
+same width in place of names."""
 SHOWS = "What it shows, method by method"  # by hand; a page that is made anew keeps it
 
 
