@@ -304,14 +304,17 @@ def test_what_cannot_be_examined_is_refused() -> None:
 
 @holds("concept-vectors", 5)
 def test_ablating_the_located_column_takes_its_topic_alone() -> None:
-    """On the mean over both topics of a world that settings were chosen on; others are measured as claims."""
-    there = small.of_topics(100)
-    rows = []
-    for target, unrelated in there.sides():
-        place = small.place_of(there.model, target, unrelated)
-        found = small.ablation(there.model, place, target, unrelated)
-        rows.append([*found, small.random_ablation(there.model, place, target, unrelated)])
-    target, unrelated, other = torch.tensor(rows).mean(0).tolist()
+    """On the mean over both topics of three worlds, 3.8 times as much as a random column; of one of them 2.8 times."""
+    worlds = []
+    for seed in range(3):
+        there, rows = small.of_topics(seed), []
+        for target, unrelated in there.sides():
+            place = small.place_of(there.model, target, unrelated)
+            found = small.ablation(there.model, place, target, unrelated)
+            rows.append([*found, small.random_ablation(there.model, place, target, unrelated)])
+        worlds.append(torch.tensor(rows).mean(0))
+    assert all(target > 2.5 * other and abs(unrelated) < 0.2 * target for target, unrelated, other in worlds)
+    target, unrelated, other = torch.stack(worlds).mean(0).tolist()
     assert target > 0.5 and target >= 3 * other
     assert abs(unrelated) < 0.2 * target
 

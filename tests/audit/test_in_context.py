@@ -239,10 +239,10 @@ def lab() -> Laboratory:
 @pytest.mark.slow
 @holds("ununlearning", 1)
 def test_exact_unlearning_works_without_a_context(lab: Laboratory) -> None:
-    """Within three points of concepts that were never told, and what three concepts vary by: a model has a guess for
-    every name."""
+    """Within three points of concepts that were never told, by 0.8 points; of those, each is 3.2 points from the mean,
+    for a model has a guess for every name."""
     never, own = lab.guesses(lab.retrained)
-    assert abs(float(own.mean() - never.mean())) < 0.03 + 2 * float(never.std()) / len(own) ** 0.5
+    assert abs(float(own.mean() - never.mean())) < 0.03
     assert abs(float(never.mean()) - 0.5) < 0.03
     assert lab.right(lab.original, FORBIDDEN) > 0.95
     assert lab.audit(lab.retrained)["accuracy on permitted queries"].value > 0.85

@@ -220,12 +220,15 @@ def test_task_vectors(there: Stage) -> None:
 
 @holds("restor", 4)
 def test_ascent_breaks_the_planted_answers_and_npo_with_retained_rows_restores_more(there: Stage) -> None:
-    ascent, longer, held, npo = (
-        there.figures(unlearned(0, *which)) for which in (("GA", 10), ("GA", 20), ("GA+RT", 20), ("NPO+RT", 20))
+    """What ascent has recovered falls as soon as most planted answers are gone, to nothing where all of them are."""
+    early, later, ascent, longer, held, npo = (
+        there.figures(unlearned(0, *which))
+        for which in (("GA", 5), ("GA", 7), ("GA", 10), ("GA", 20), ("GA+RT", 20), ("NPO+RT", 20))
     )
-    for found in (longer, held, npo):
+    for found in (ascent, longer, held, npo):
         assert found["planted answers told"] < 0.05
-    assert longer["recovery"] <= ascent["recovery"] < 0.3
+    assert 0.3 > early["recovery"] > later["recovery"] > ascent["recovery"] >= longer["recovery"]
+    assert early["recovery"] > ascent["recovery"] + 0.05
     assert npo["recovery"] > held["recovery"] + 0.05
 
 

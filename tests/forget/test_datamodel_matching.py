@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from engram.core.needs import Need
 from engram.core.request import Request
 from engram.data.table import Table
-from engram.engine.attribution import SubsetOutputs, centred, datamodels
+from engram.engine.attribution import centred, datamodels
 from engram.engine.many import fit_many
 from engram.engine.optimizer import Optimizer
 from engram.engine.predict import predict
@@ -25,10 +25,10 @@ from engram.forget.datamodel_direct import DatamodelDirect
 from engram.forget.datamodel_matching import DatamodelMatching
 from engram.forget.matching import Matching
 from engram.forget.oracle_matching import OracleMatching
-from engram.forget.predicted import KIND, Predicted
+from engram.forget.predicted import Predicted
 from engram.models.io import load, save
 from engram.models.output import Output
-from engram.reproduce.datamodel_matching import everything, margins, network, prediction, world
+from engram.reproduce.datamodel_matching import EPOCHS, MATCHING, everything, margins, network, prediction, world
 from engram.stats.divergence import histogram_kl
 from engram.stats.seeds import generator
 from engram.testing import holds
@@ -80,16 +80,25 @@ def with_statistics(request: Request) -> Request:
 
 
 @holds("datamodel-matching", 1)
-def test_no_forget_rows_change_no_prediction_and_leave_the_model(model: nn.Module, request_of_twenty: Request) -> None:
-    outputs = SubsetOutputs(stored()[KIND]["kept"], stored()[KIND]["outputs"])
-    assert not outputs.shift([]).any()
-    request = with_statistics(request_of_twenty)
-    rows = everything(request)
-    method = DatamodelMatching(multiplier=0.0, optimizer=SLOW, batch_size=256, proximity=0.1)
+@pytest.mark.parametrize("attribution", ["datamodels", "trak"])
+def test_no_forget_rows_change_no_prediction(attribution: str, model: nn.Module, request_of_twenty: Request) -> None:
+    rows = everything(request_of_twenty)
+    request = with_statistics(request_of_twenty).but(forget=rows.take([]), retain=rows)
+    method = DatamodelMatching(attribution=attribution)
     assert torch.equal(method.predicted(model, request, rows, Run()), predict(model, rows))
-    torch.testing.assert_close(weights(method.forget(model, request)), weights(model), rtol=0, atol=1e-6)
-    moved = DatamodelMatching(optimizer=SLOW, batch_size=256).forget(model, request)
-    assert (weights(moved) - weights(model)).abs().max() > 1e-4
+    with pytest.raises(EngramError, match=r"needs .*forget-rows"):
+        method.forget(model, request)
+
+
+@holds("datamodel-matching", 1)
+@pytest.mark.parametrize("settings", [{}, {"proximity": 0.1}, {"batch_size": 7, "optimizer": Optimizer(lr=1e-2)}])
+def test_a_loss_of_zero_at_the_first_step_leaves_the_model(
+    settings: dict[str, Any], model: nn.Module, request_of_twenty: Request
+) -> None:
+    request = with_statistics(request_of_twenty)
+    still, moved = (DatamodelMatching(multiplier=m, **settings).forget(model, request) for m in (0.0, 1.0))
+    assert torch.equal(weights(still), weights(model))
+    assert (weights(moved) - weights(model)).abs().max() > 1e-3
 
 
 @holds("datamodel-matching", 3)
@@ -363,8 +372,27 @@ def test_with_the_oracle_s_logits_the_margins_fall_to_the_floor() -> None:
 
 @pytest.mark.slow
 @holds("datamodel-matching", 6)
-def test_ordering_on_a_small_network() -> None:
+def test_ordering_on_a_small_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On retain rows the noise of the prediction (800 models) leaves a third of a nat above the floor; where the change
+    is known, what is matched comes down to it."""
     found = network(0)
     oracle, predicted = found.klom("oracle matching"), found.klom("datamodel matching")
     assert oracle <= predicted < found.klom("gradient ascent") < found.klom("nothing")
-    assert found.klom("datamodel matching", "retain") - found.klom("retrained", "retain") < 0.5
+    floor = found.klom("retrained", "retain")
+    assert found.klom("datamodel matching", "retain") - floor < 0.4 < found.klom("nothing", "retain") - floor
+
+    whole, retrained = found.populations["nothing"], found.populations["retrained"]
+    known = DatamodelMatching(optimizer=MATCHING, epochs=EPOCHS, retain_ratio=9.0, recipe=RECIPE)
+    monkeypatch.setattr(
+        DatamodelMatching,
+        "shift",
+        lambda self, model, request, rows, run: mean_logits(whole, rows) - mean_logits(retrained, rows),
+    )
+    unlearned = [known.forget(model, found.request) for model in whole]
+    assert found.request.retain is not None
+    told = histogram_kl(*(margins(models, found.request.retain) for models in (found.populations["oracle"], unlearned)))
+    assert told.mean() - floor < 0.15
+
+
+def mean_logits(models: list[nn.Module], rows: Table) -> Tensor:
+    return torch.stack([centred(predict(model, rows)) for model in models]).mean(0)

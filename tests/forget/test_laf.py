@@ -134,13 +134,14 @@ def test_densities_and_teacher_stay_as_they_are(model: nn.Module, request_of_zer
 
 @pytest.mark.slow
 @holds("laf", 5, 6)
-def test_zeros_are_forgotten_and_each_update_does_its_part() -> None:
-    found = {claim.says: claim.mean for claim in claims([1])}
+@pytest.mark.parametrize("seed", [1, 100])  # rates and epochs were tuned on the first, the second they never saw
+def test_zeros_are_forgotten_and_each_update_does_its_part(seed: int) -> None:
+    found = {claim.says: claim.mean for claim in claims([seed])}
     assert found[FALL] > 0.5
     assert found[COST] < 0.1
-    assert found[ALIGNING] > 0.01
-    assert found[UNLEARNING] > 0.05
-    assert found[APART] > 0.1
+    assert found[ALIGNING] > 0.03
+    assert found[UNLEARNING] > 0.5
+    assert found[APART] > 0.3
 
 
 def test_unlearning_is_the_sum_over_rows(model: nn.Module, other: nn.Module, request_of_zero: Request) -> None:

@@ -158,7 +158,7 @@ def test_the_published_recursion_agrees_in_float64_and_breaks_in_float32(table: 
     assert learner.ridge.A.dtype == learner.ridge.Q.dtype == torch.float64
     assert gap(learner.ridge.A, GAMMA * torch.eye(SIZE, dtype=torch.float64)) == 0 == weights(learner).norm()
     assert gap(double.W, torch.zeros(SIZE, 10)) < 1e-6
-    assert gap(single.W, torch.zeros(SIZE, 10)) > 0.01
+    assert gap(single.W, torch.zeros(SIZE, 10)) > 0.1 and gap(GAMMA * single.R, torch.eye(SIZE)) > 0.5
 
 
 @holds("acu", 6)

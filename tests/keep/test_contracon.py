@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from tests.keep.halves import NEW, OLD, halves, learnt, same
-from torch import Tensor
+from torch import Tensor, nn
 
 from engram.data.table import MISSING, Table, Target
 from engram.data.task import Task
@@ -286,12 +286,27 @@ def test_five_pairs_are_kept_better_than_by_fine_tuning_and_by_heads_alone() -> 
     assert found.moved == alone.moved == 0
 
 
+def shares(model: nn.Module, seed: int) -> tuple[float, float]:
+    """Of every third test row: right among all classes, less what a task at random would give, and its task found. Row
+    by row, what is right among all is right among its task's."""
+    found = []
+    for stage in claims.five_pairs("pycil", seed):
+        rows, own = stage.test.take(range(0, len(stage.test), 3)), torch.tensor(stage.task.classes)
+        logits, labels = predict(model, rows), torch.as_tensor(rows.labels)
+        said, told = logits.argmax(1), own[logits[:, own].argmax(1)] == labels
+        assert bool((told | (said != labels)).all())
+        found.append(torch.stack([(said == labels).double() - told.double() / 5, torch.isin(said, own)]).mean(1))
+    gain, right_task = torch.stack(found).mean(0).tolist()
+    return gain, right_task
+
+
 @holds("contracon", 6)
 def test_entropy_finds_the_task_better_than_chance_and_told_is_never_worse() -> None:
-    learner, found = claims.course(ConTraCon, 0)
-    assert found.found > 0.25
-    assert found.among_all > found.aware / 5 + 0.05
-    for stage in claims.five_pairs("pycil", 0):
-        logits, own = predict(learner.model, stage.test), list(stage.task.classes)
-        said, among_own = logits.argmax(1), torch.tensor(own)[logits[:, own].argmax(1)]
-        assert bool(((among_own == stage.test.labels) | (said != stage.test.labels)).all())  # row by row
+    """Chance is a fifth. With noise that suits images of 64 pixels at each of three seeds and twice as often on their
+    mean; with that of the paper on the mean alone (0.35, 0.42, 0.13)."""
+    learners = [claims.taught(ConTraCon, seed)[0] for seed in range(3)]
+    soft = [shares(claims.softened(learner), seed) for seed, learner in enumerate(learners)]
+    loud = [shares(learner.model, seed) for seed, learner in enumerate(learners)]
+    assert all(gain > 0.05 and right_task > 0.25 for gain, right_task in soft)
+    assert sum(right_task for _, right_task in soft) / 3 > 0.4
+    assert sum(gain for gain, _ in loud) / 3 > 0.08

@@ -21,6 +21,7 @@ from engram.reproduce.dependency_preserving_hypernetworks import DIGITS, FIRM, H
 from engram.testing import holds
 
 SEED = 0  # shared with the smallest size of the experiment
+SEEDS = [SEED, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))]
 KINDS = [ChunkedHypernetwork, DependencyPreservingHypernetwork]
 
 
@@ -198,12 +199,13 @@ def test_rows_without_classes_are_refused_and_those_without_a_label_count_nothin
 
 
 @holds("dependency-preserving-hypernetworks", 3)
-def test_the_firmer_the_hold_the_less_the_first_task_is_forgotten() -> None:
+@pytest.mark.parametrize("seed", SEEDS)
+def test_the_firmer_the_hold_the_less_the_first_task_is_forgotten(seed: int) -> None:
     """Left free, the generator overwrites what the first task needs; held at beta 0.01 to 1, it keeps 95 % and more."""
-    free, held, firm = (course(SEED, beta) for beta in (0.0, HELD, FIRM))
+    free, held, firm = (course(seed, beta) for beta in (0.0, HELD, FIRM))
     assert free.first < 0.75
     assert min(held.aware, firm.aware) >= 0.95
-    assert free.moved > max(held.moved, firm.moved) > 0
+    assert free.moved > held.moved > firm.moved > 0
 
 
 @holds("dependency-preserving-hypernetworks", 3)
@@ -217,8 +219,9 @@ def test_the_larger_beta_the_less_the_first_tasks_weights_move() -> None:
 
 
 @holds("dependency-preserving-hypernetworks", 6)
-def test_five_pairs_are_kept_and_the_recurrence_costs_nothing_at_equal_size() -> None:
-    held, chunked, tuned = course(SEED, HELD), course(SEED, HELD, ChunkedHypernetwork), finetuned(SEED)
+@pytest.mark.parametrize("seed", SEEDS)
+def test_five_pairs_are_kept_and_the_recurrence_costs_nothing_at_equal_size(seed: int) -> None:
+    held, chunked, tuned = course(seed, HELD), course(seed, HELD, ChunkedHypernetwork), finetuned(seed)
     assert held.aware > 0.95
     assert tuned.aware < held.aware - 0.15
     assert held.aware >= chunked.aware - 0.01

@@ -142,7 +142,7 @@ def test_classes_never_learnt_are_told_apart_by_their_names() -> None:
     worlds = [drawn.World(seed) for seed in range(3)]
     named, random = (fmean(drawn.zero_shot(world, targets) for world in worlds) for targets in ("named", "random"))
     assert named > 0.1 + 0.1
-    assert abs(random - 0.1) < 0.1
+    assert abs(random - 0.1) < 0.05
 
 
 # --- on any host

@@ -4,13 +4,13 @@ from typing import Any
 
 import pytest
 import torch
-from tests.keep.halves import SMALL, begun, halves, learnt, same, spent, weights
+from tests.keep.halves import NEW, SMALL, begun, halves, learnt, same, spent, weights
 from torch import nn
 
 from engram.core.learner import fork
 from engram.data.table import Table
 from engram.data.task import Task
-from engram.engine.predict import accuracy
+from engram.engine.predict import accuracy, features
 from engram.engine.run import Run
 from engram.errors import EngramError
 from engram.keep.finetune import Finetune
@@ -43,36 +43,31 @@ def test_strength_zero_is_fine_tuning(tiny: Table) -> None:
 
 
 @holds("cl-in-neural-networks", 1)
-def test_a_large_penalty_freezes_the_trunk_and_never_holds_the_head(tiny: Table) -> None:
-    first, second = halves(tiny)
-    long = {**SMALL, "epochs": 20}
-    free, held = Finetune(**long), MAS(**long, strength=1e6)
+@pytest.mark.parametrize("seed", range(3))
+def test_a_large_penalty_freezes_the_trunk_and_never_holds_the_head(digits: Any, seed: int) -> None:
+    """Units that a tenth of the first rows wake say what they said, to 1e-4. What no row reaches does not matter,
+    and is free: silent units, pixels that are always 0."""
+    first, second = halves(digits.train)
+    free, held = (kind(**{**SMALL, "epochs": 8}, **more) for kind, more in ((Finetune, {}), (MAS, {"strength": 1e6})))
     for each in (free, held):
-        each.learn(first)
-    anchor = weights(held)
+        each.learn(first, Run(seed=seed))
+    anchor, said = weights(held), features(held.model, first.train)
+    awake = (said > 0).double().mean(0) > 0.1
     omega = {name: value for name, value in held.importances.values.items() if not name.startswith("head.")}
     assert same(free, held)
     for each in (free, held):
-        each.learn(second)
-    assert spent(held, anchor, omega) < 0.02 * spent(free, anchor, omega)
+        each.learn(second, Run(seed=seed))
+    for name, value in omega.items():
+        matters = value > 0
+        moved = [(weights(each)[name] - anchor[name])[matters].abs().max() for each in (held, free)]
+        assert matters.double().mean() > 0.7 and moved[0] < 0.01 * moved[1]
+    now = [(features(each.model, first.train) - said)[:, awake].norm() / said.norm() for each in (held, free)]
+    assert now[0] < 1e-4 and now[1] > 0.5
+    assert spent(held, anchor, omega) < 1e-6 * spent(free, anchor, omega)
     assert set(held.pull) == set(omega)
     head = {name: torch.ones_like(p) for name, p in anchor.items() if name.startswith("head.")}
     assert spent(held, anchor, head) > 0.2 * spent(free, anchor, head)
-
-
-@holds("cl-in-neural-networks", 1)
-def test_a_large_penalty_stops_each_weight_that_matters(tiny: Table) -> None:
-    first, second = halves(tiny)
-    free, held = Finetune(**SMALL), MAS(**SMALL, strength=1e6)
-    for each in (free, held):
-        each.learn(first)
-    anchor, omega = weights(held), held.importances.values
-    for each in (free, held):
-        each.learn(second)
-    for name in ("encoder.layers.0.0.weight", "encoder.layers.0.0.bias"):
-        heavy = omega[name] > 0.1 * omega[name].mean()
-        far = [(weights(each)[name] - anchor[name])[heavy].abs().max() for each in (held, free)]
-        assert far[0] < 0.3 * far[1]
+    assert accuracy(held.model, digits.test.of_classes(NEW), classes=NEW) > 0.4
 
 
 def test_local_importances_are_products_of_connected_activations(tiny: Table) -> None:

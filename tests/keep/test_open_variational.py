@@ -76,19 +76,18 @@ def test_the_threshold_rejects_as_many_fresh_known_rows_as_it_shall(of_clusters:
 
 
 @holds("open-world-cl", 3)
-def test_noise_and_unknown_digits_are_refused() -> None:
-    """On the mean of the seeds that settings were chosen on; the claim tells of others, where the second is missed by
-    0.002."""
-    seeds = (100, 101, 102)
-    found = [measured.open_set(seed)["omega"] for seed in seeds]
-    assert sum(omega.rejected(omega.noise) for omega in found) / 3 > 0.9
-    assert all(omega.auroc(omega.noise) > 0.8 for omega in found)
-    assert sum(map(measured.gain_over_entropy, seeds)) / 3 > -0.02
+@pytest.mark.parametrize("seed", range(3))
+def test_noise_and_unknown_digits_are_refused(seed: int) -> None:
+    omega = measured.open_set(seed)["omega"]
+    assert omega.rejected(omega.noise) > 0.9
+    assert omega.auroc(omega.noise) > 0.8
+    assert measured.gain_over_entropy(seed) > -0.02
 
 
 @holds("open-world-cl", 4)
-def test_accepted_samples_are_what_their_label_says() -> None:
-    assert measured.agreement(0, 0.01) >= measured.agreement(0, 1.0) + 0.03
+@pytest.mark.parametrize("seed", range(3))
+def test_accepted_samples_are_what_their_label_says(seed: int) -> None:
+    assert measured.agreement(seed, 0.01) >= measured.agreement(seed, 1.0) + 0.03
 
 
 @holds("open-world-cl", 4)
@@ -108,16 +107,19 @@ def test_a_threshold_of_one_is_plain_replay(trained: OpenVariational, digits: An
 
 
 @holds("open-world-cl", 5)
-def test_rejection_makes_replay_better_and_all_rows_best() -> None:
-    lower, plain, rejecting = measured.along(0, replay=0), measured.along(0, accept=1.0), measured.along(0)
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))])
+def test_rejection_makes_replay_better_and_all_rows_best(seed: int) -> None:
+    """Of half of the rows, for speed; of all of them in the experiment."""
+    lower, plain, rejecting = (measured.along(seed, a, r, 2) for a, r in ((0.01, 0), (1.0, None), (0.01, None)))
     assert lower == pytest.approx(0.2, abs=0.06)
     assert rejecting > lower + 0.3
-    assert lower < plain <= rejecting <= measured.upper(0)
+    assert lower < plain <= rejecting <= measured.upper(seed, 2)
 
 
 @holds("open-world-cl", 6)
-def test_queries_leave_noise_out() -> None:
-    by_omega, by_entropy = measured.queried(0)
+@pytest.mark.parametrize("seed", range(3))
+def test_queries_leave_noise_out(seed: int) -> None:
+    by_omega, by_entropy = measured.queried(seed)
     assert by_omega < 0.05 < by_entropy
 
 

@@ -137,18 +137,19 @@ def test_ewc_with_importance_one_is_l2(tiny: Table) -> None:
 
 @holds("rehearsal-free", 2)
 def test_an_infinite_penalty_leaves_everything_at_the_anchor(tiny: Table) -> None:
+    """At a rate so small that the penalty's own steps converge, and often enough that fine-tuning goes far beyond."""
     learner, run = RehearsalFree(**SMALL), Run()
     first, second = two_tasks(tiny)
     learner.learn(first, run)
-    free = fork(learner)
+    before, free = weights(learner), fork(learner)
+    plan = Optimizer("sgd", lr=4e-7, momentum=0.0)
     for each, l2 in ((learner, 1e6), (free, 0.0)):
-        each.l2, each.optimizer = l2, Optimizer("sgd", lr=4e-7, momentum=0.0)  # type: ignore[attr-defined]
-    before = weights(learner)
-    learner.epochs = 50
-    learner.learn(second, run)
-    after = weights(learner)
+        each.l2, each.optimizer, each.epochs = l2, plan, 300  # type: ignore[attr-defined]
+        each.learn(second, run)
     for name, p in before.items():
-        assert torch.allclose(after[name][: len(p)], p, atol=1e-5)
+        held, far = (float((weights(each)[name][: len(p)] - p).abs().max()) for each in (learner, free))
+        assert held < 1e-7
+        assert name.startswith("head.") or far > 100 * held  # gradients of old rows are 0 at the teacher
     assert learner.importances.values == {}
 
 

@@ -10,9 +10,6 @@ from engram import catalogue
 from engram.reproduce.claims import Claim, reproduce, table
 
 OUTSIDE = {
-    "open-world-cl": {  # outside by 0.002 on the mean of three seeds
-        "AUROC of unknown digits and noise by omega, less that by the softmax's entropy"
-    },
     "cl-in-neural-networks": {  # hold on the mean of three seeds, not at every one
         "SLNID: share of hidden activations that are 0, more than with MAS alone"
     },

@@ -9,8 +9,10 @@ and the least entropy finds a row's task more often than chance, which is one in
 network that knows two classes is easily sure of images of others.
 
 What was measured: the task-aware claims hold at every seed. The choice by entropy depends on the order of the classes:
-with the paper's noise of deviation 1 it is better than chance on the mean of three seeds, and not at one of them, where
-the views of 8 x 8 pixels drown and a task's network is less sure of its own rows than the first task's is.
+with the paper's noise of deviation 1 the right task is found for 38, 45 and 13 % of the rows at seeds 0 to 2 (chance is
+20 %), so that on the mean it is better than chance, and at seed 2 it is not: there the views of 8 x 8 pixels drown, and
+for four tasks of five the first task's network is surer of their rows than their own is. With noise of deviation 0.3 it
+is better than chance at every seed (52, 59 and 27 %). Settings were chosen on seeds 100 to 102.
 
 `measured` takes any tasks and settings, so that other data can be followed at any size.
 """
@@ -38,9 +40,9 @@ from engram.reproduce.claims import Claim
 from engram.reproduce.digits import five_pairs
 
 NETWORK = {"name": "CompactTransformer", "width": 32, "depth": 2, "heads": 4}
-EPOCHS, BATCH, KERNEL = 4, 16, 5
-PLAN = Optimizer("adamw", lr=8e-3, weight_decay=6e-7)
-HEAD_LR = 0.1
+EPOCHS, BATCH, KERNEL = 4, 32, 5
+PLAN = Optimizer("adamw", lr=1e-2, weight_decay=6e-7)
+HEAD_LR = 0.2
 SOFT = 0.3  # noise in an image of 64 pixels, in their deviations
 
 
@@ -124,27 +126,47 @@ def claims(seeds: Iterable[int]) -> list[Claim]:
 @cache
 def course(kind: type[ConTraCon], seed: int) -> tuple[ConTraCon, Measured]:
     """A learner that has taken in the five pairs, and what it shows."""
-    learner = kind(network=NETWORK, epochs=EPOCHS, batch_size=BATCH, optimizer=PLAN, kernel=KERNEL, head_lr=HEAD_LR)
-    return learner, measured(learner, five_pairs("pycil", seed), seed)
+    learner, moved = taught(kind, seed)  # type: ignore[arg-type]  # classes can be hashed
+    return learner, Measured(*figures(learner.model, five_pairs("pycil", seed)), moved)
+
+
+@cache
+def taught(kind: type[ConTraCon], seed: int) -> tuple[ConTraCon, float]:
+    """A learner that has taken in the five pairs, and how far the first task's logits have moved since. Heads alone are
+    compared where the task is told, and want no views."""
+    settings: dict[str, Any] = {"augmented": 0} if kind is HeadAlone else {}
+    plan: dict[str, Any] = {"network": NETWORK, "epochs": EPOCHS, "batch_size": BATCH, "optimizer": PLAN}
+    learner = kind(**plan, kernel=KERNEL, head_lr=HEAD_LR, **settings)
+    return learner, taken(learner, five_pairs("pycil", seed), seed)
 
 
 def measured(learner: ConTraCon, stages: Sequence[Stage], seed: int = 0) -> Measured:
     """Take the learner through the tasks, and look."""
+    moved = taken(learner, stages, seed)
+    return Measured(*figures(learner.model, stages), moved)
+
+
+def taken(learner: ConTraCon, stages: Sequence[Stage], seed: int) -> float:
+    """Take the learner through the tasks: how far the first task's logits have moved since it was learnt."""
     run = Run(seed=seed)
     learner.learn(stages[0].task, run)
     before = told(learner, stages[0])
     for stage in stages[1:]:
         learner.learn(stage.task, run)
-    moved = float((told(learner, stages[0]) - before).abs().max())
-    return Measured(*figures(learner.model, stages), moved)
+    return float((told(learner, stages[0]) - before).abs().max())
+
+
+def softened(learner: ConTraCon) -> nn.Module:
+    """Its model with softer noise in the views."""
+    model = copy.deepcopy(learner.whole)
+    model.disturbance.mul_(SOFT)
+    return model
 
 
 def quieter(seed: int) -> float:
     """Class-incremental accuracy less that of a task chosen at random, with softer noise in the views."""
-    learner, stages = course(ConTraCon, seed)[0], five_pairs("pycil", seed)
-    model = copy.deepcopy(learner.whole)
-    model.disturbance.mul_(SOFT)
-    aware, among_all, _ = figures(model, stages)
+    stages = five_pairs("pycil", seed)
+    aware, among_all, _ = figures(softened(taught(ConTraCon, seed)[0]), stages)
     return among_all - aware / len(stages)
 
 

@@ -3,6 +3,12 @@
 The paper's tables are not reproduced (residual networks on CIFAR-10, a hundred models of each kind). Measured are its
 two steps: how well the prediction fits, on softmax regression, and how near the margins of unlearned networks come to
 those of retrained ones, on a small network.
+
+On retain rows, datamodel matching should come close to the floor of KLoM, and does so in part: at seed 0 it is 0.33
+nats above the floor of 0.89, doing nothing 0.60. What is missing is the prediction's noise, which falls with the
+models it is fitted on (2400 in place of 800: 0.14 above the floor), and not the matching: with the change of the
+logits known, as its mean over retrained models, seeds 0 to 2 are 0.05, 0.01 and 0.11 above their floors, doing nothing
+0.60, 0.74 and 0.58.
 """
 
 from __future__ import annotations
@@ -34,7 +40,7 @@ from engram.stats.seeds import generator
 
 ROWS, GONE, INPUTS, CLASSES = 200, 20, 20, (0, 1, 2)
 RATES = (1e-3, 3e-3, 1e-2)  # of gradient ascent; the largest that does the retain rows no harm is taken
-MATCHING = Optimizer(lr=1e-2, schedule="cosine")
+MATCHING, EPOCHS = Optimizer(lr=1e-2, schedule="cosine"), 60
 SOFTMAX = Recipe("Identity", Optimizer(lr=0.1, weight_decay=0.03, schedule="cosine"), 60, 256, CLASSES)
 NETWORK = Recipe(
     {"name": "MLP", "hidden": [16]}, Optimizer(lr=0.03, weight_decay=0.01, schedule="cosine"), 60, 256, CLASSES
@@ -167,7 +173,7 @@ class Margins:
         before = fit_many(NETWORK, rows, [whole] * self.each, range(self.each), run)
         retrained = fit_many(NETWORK, rows, [rest] * (2 * self.each), range(1000, 1000 + 2 * self.each), run)
         oracles, others = retrained[: self.each], retrained[self.each :]
-        settings: dict[str, Any] = {"optimizer": MATCHING, "epochs": 60, "retain_ratio": 9.0}
+        settings: dict[str, Any] = {"optimizer": MATCHING, "epochs": EPOCHS, "retain_ratio": 9.0}
         method = DatamodelMatching(models=self.models, recipe=NETWORK, **settings)
         stored = request.but(at_hand={Need.STATISTICS: method.prepare(before[0], rows, run)})
         own = [request.but(at_hand={Need.ORACLES: [other]}) for other in others]

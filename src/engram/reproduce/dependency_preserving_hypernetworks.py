@@ -1,20 +1,20 @@
 """Dependency preserving hypernetworks' claims on handwritten digits: weights that are held are not forgotten.
 
-Five tasks of two digits, their order by seed, and the task is told. The target is a fully connected network with two
-layers of 100 units, generated in 17 chunks of 1000 numbers. The paper's tables were not at hand; its abstract says that
-the recurrent form is better than its baselines in every setting and on every image task tried. So the bands come from
-the method's own logic: what a generator is held to is not forgotten (95 % and more); what is free is overwritten (the
-first task falls below 75 %, and fine-tuning the network itself ends 15 points lower or more); the firmer the hold, the
-nearer the first task's weights stay; and a recurrence loses nothing, but for one point, against independent chunks of
-the same size. Without being told the task, the least entropy does better than a task chosen at random.
+Five tasks of two digits, from 0 and 1 to 8 and 9, and the task is told. The target is a fully connected network with
+two layers of 100 units, generated in 17 chunks of 1000 numbers. The paper's tables were not at hand; its abstract says
+that the recurrent form is better than its baselines in every setting and on every image task tried. So the bands come
+from the method's own logic: what a generator is held to is not forgotten (95 % and more); what is free is overwritten
+(the first task falls below 75 %, and fine-tuning the network itself ends 15 points lower or more); the firmer the
+hold, the nearer the first task's weights stay; and a recurrence loses nothing, but for one point, against independent
+chunks of the same size. Without being told the task, the least entropy does better than a task chosen at random.
 
-Settings were chosen on other seeds than those reported. Free generators forget by overwriting one shared network, and
-that takes steps: with a learning rate of 0.01 the vectors of tasks alone keep the first one at 77 to 85 %, with 0.02,
-which learns each task as well, they do not.
+Settings were chosen on seeds 100 to 102. Free generators forget by overwriting one shared network, and that takes
+steps: with a learning rate of 0.01 the vectors of tasks alone may keep the first one nearly whole, with 0.03 they do
+not.
 
-What was measured, seeds 0 to 2: all claims hold on the mean. At one seed of three the first task keeps 79 % at beta 0,
-and the recurrent form ends 1.7 points below the chunked one; on average the two are equal (within 0.2 points), so that
-the recurrence does no harm here, and no good that could be seen.
+What was measured: at each of seeds 0 to 2 all claims hold. The first task falls to 34 to 49 % at beta 0; the recurrent
+form ends 2.4, 1.1 and 0.4 points above the chunked one. How much is forgotten is a matter of the pairs, too: with the
+pairs drawn by seed, one course of three keeps 81 % of its first pair (4 and 1) at beta 0, by luck of what came later.
 
 `measured` takes any tasks and settings, and `claims` any Sizes, so that other data can be followed at any size.
 """
@@ -44,8 +44,8 @@ OF_HYPERNETWORKS = "better than its baselines in all settings"
 
 
 def pairs(seed: int) -> list[Stage]:
-    """Five tasks of two digits."""
-    return five_pairs("pycil", seed)
+    """Five tasks of two digits, in their order; draws alone differ between seeds."""
+    return five_pairs()
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,9 +55,9 @@ class Sizes:
 
     stages: Callable[[int], list[Stage]] = pairs
     network: Mapping[str, Any] = field(default_factory=lambda: {"name": "MLP", "hidden": [100, 100]})
-    epochs: int = 5
+    epochs: int = 6
     batch_size: int = 16
-    lr: float = 2e-2
+    lr: float = 3e-2
     width: int = 12
     chunk: int = 1000
     hidden: int = 12
