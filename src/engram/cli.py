@@ -126,7 +126,8 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--data", required=True, metavar="SOURCE", help="a file, a folder of images, or sklearn:NAME")
         sub.add_argument("--precision", choices=PRECISIONS, default="float32", help="bfloat16: by autocast")
         commands_of_the_desk.columns(sub, *COLUMNS)
-        commands_of_the_desk.work(sub)
+    commands_of_the_desk.work(learn)
+    commands_of_the_desk.device(predict)
     return parser
 
 

@@ -108,6 +108,11 @@ def columns(parser: argparse.ArgumentParser, *names: str) -> None:
 def work(parser: argparse.ArgumentParser) -> None:
     """Seed and device."""
     parser.add_argument("--seed", type=int, default=0, help="every random draw follows from it (default: 0)")
+    device(parser)
+
+
+def device(parser: argparse.ArgumentParser) -> None:
+    """Where it computes."""
     parser.add_argument("--device", default="cpu", help="cpu, cuda, … (default: cpu)")
 
 
