@@ -92,8 +92,24 @@ def _lacking() -> dict[str, str]:
     return lacking
 
 
+def _together(items: list[pytest.Item]) -> None:
+    """Put the experiments of a paper behind the module that proves what must hold of it: in one process, what both
+    train is trained once."""
+    last = {item.path: k for k, item in enumerate(items)}
+    home = {
+        slug: last[item.path] for item in items for slug, _ in getattr(getattr(item, "function", None), "__holds__", ())
+    }
+
+    def place(k: int) -> int:
+        params = items[k].callspec.params if hasattr(items[k], "callspec") else {}
+        return home.get(params.get("slug"), k)
+
+    items[:] = [items[k] for k in sorted(range(len(items)), key=place)]
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip, with the reason, what this machine cannot run."""
+    """Skip, with the reason, what this machine cannot run; keep what belongs to one paper together."""
+    _together(items)
     lacking = _lacking()
     for item in items:
         for name in lacking.keys() & {marker.name for marker in item.iter_markers()}:
