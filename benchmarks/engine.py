@@ -34,7 +34,7 @@ def ratios() -> Iterator[Ratio]:
     model = _model("ResNet20", images).eval()
     few = images.take(range(64))
     for layout in (torch.contiguous_format, torch.channels_last):
-        name = f"one gradient of a batch of 64, ResNet-20, {str(layout)[6:].replace('_', ' ')}, against batch size 1"
+        name = f"64 rows' gradient at once, ResNet-20, {str(layout)[6:].split('_')[0]}, against single ones"
         yield speedup(name, partial(_gradients, model, few, 64, layout), partial(_gradients, model, few, 1), repeats=3)
     with TemporaryDirectory() as folder:
         yield _cache(Path(folder), images)

@@ -174,6 +174,8 @@ def _conv_sums(module: nn.Conv2d, inputs: Tensor, delta: Tensor, power: int) -> 
             groups=rows,
         )
         total += per_row.view(rows, *shape).abs_().pow_(power).sum(0)
+    if module.bias is None:
+        return {"weight": total} if module.weight.requires_grad else {}
     return _present(module, total, delta.sum((2, 3)).abs().double().pow(power).sum(0))
 
 
