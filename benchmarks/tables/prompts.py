@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import torch
 
 from benchmarks.tables.common import arguments, by_hand, leaderboard, page, said, write
-from benchmarks.tables.continual import table
+from benchmarks.tables.continual import DIFFERENCES, differences, table
 from engram.compare.continual import Comparison, Contest, Stream, summarise
 from engram.engine.progress import Terminal
 from engram.models.heads import LinearHead
@@ -26,6 +26,11 @@ CLASSES, ROWS = 20, {"train": 100, "test": 100}  # every fifth class; rows of ea
 HEADS = ("NMC", "SLDA", "FeTrIL", "JointHead")
 PROMPTS = ("OnePrompt", "OnePrompt-none", "L2P", "VirtualOutliers")
 BODIES = ("Finetune", "LwF")
+PAIRS = (
+    *((name, "OnePrompt") for name in ("SLDA", "NMC", "L2P", "VirtualOutliers")),
+    ("OnePrompt", "OnePrompt-none"),
+    ("LwF", "Finetune"),
+)
 TITLE = "CIFAR-100, twenty classes, (4, 4, 5)"
 INTRO = """Twenty classes of CIFAR-100 (every fifth one; 32 x 32, WebP at quality 95), {train} training and {test}
 test rows of each, four classes at a time. All learners start from one small vision transformer (five layers of
@@ -43,9 +48,9 @@ Class orders: seeds 1993, 1994, 1995; mean ± half of the 95 % t interval over t
 class order of their own, where 30 % of the training rows stood in for the test rows; the best was frozen: × 1 and ×
 0.1 of 0.01 for prompts (0.0025 in the head's phase), of 0.001 for the transformer. VirtualOutliers has the settings
 of `engram reproduce ovor`: sigma 1, 20 neighbours, 30 offsets. Accuracies are task means among all classes seen.
-Numbers (thousands) and kB: of the model, the transformer included, kB also of all other state, after the last task.
-GFLOP: while the second and the last task are learnt, along the first class order. Time: CPU seconds of learning, as a
-multiple of fine-tuning's."""
+Parameters (thousands; buffers counted) and kB: of the model, the transformer included, kB also of all other state,
+after the last task. GFLOP: while the second and the last task are learnt, along the first class order. Time: CPU
+seconds of learning, as a multiple of fine-tuning's."""
 
 
 def own(epochs: int) -> dict[str, dict[str, Any]]:
@@ -85,10 +90,19 @@ def main() -> None:
         trials=2,
         budget=600.0,
     )
-    summary = summarise(Contest(plan, place / f"{given.epochs}-epochs", Terminal()).execute())
-    intro, hand = INTRO.format(**ROWS, epochs=given.epochs), by_hand(given.out, [TITLE])
+    rows = Contest(plan, place / f"{given.epochs}-epochs", Terminal()).execute()
+    summary, hand = summarise(rows), by_hand(given.out, [TITLE, DIFFERENCES])
+    intro = INTRO.format(**ROWS, epochs=given.epochs)
+    apart = differences({TITLE: rows}, PAIRS, ("incremental accuracy", "final accuracy", "task-aware final"))
     board = leaderboard(given.out, "prompts", summary, TITLE)
-    body = "\n\n".join([intro, *hand.values(), f"## {TITLE}\n\n{table(summary['streams'][0]['learners'])}\n\n{board}"])
+    body = "\n\n".join(
+        [
+            intro,
+            *hand.values(),
+            f"## {TITLE}\n\n{table(summary['streams'][0]['learners'])}\n\n{board}",
+            f"## {DIFFERENCES}\n\n{apart}",
+        ]
+    )
     write(given.out, page("Prompts in a frozen transformer", body, said()))
 
 

@@ -83,9 +83,8 @@ def _compare(given: argparse.Namespace, rest: list[str]) -> None:
     if given.estimate or not (given.quiet or given.json):
         print(contest.estimate(), flush=True)
     if given.estimate:
-        if given.what == "continual":
-            minutes = round(contest.seconds() / 60)
-            print(f"about {minutes or 'less than 1'} min here, judged by the first task of every learner", flush=True)
+        if tried := contest.trial():
+            print(tried)
         return
     module = import_module(f"engram.compare.{given.what}")
     summary = module.summarise(contest.execute())

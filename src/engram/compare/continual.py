@@ -165,10 +165,12 @@ class Contest(Work):
         counts = f"learners: {len(plan.names)}; class orders: {len(plan.seeds)}; streams: {streams}"
         return f"{counts}; courses at most: {len(tuning) * plan.trials + len(reported)}"
 
-    def seconds(self) -> float:
+    def trial(self) -> str:
         """About how long it will take, from the first task of every stream, which every learner takes in for this; one
         that fails counts nothing."""
-        return sum(self._seconds(s, name) for s in self.plan.streams for name in self.plan.names) / self.plan.jobs
+        seconds = sum(self._seconds(stream, name) for stream in self.plan.streams for name in self.plan.names)
+        minutes = round(seconds / self.plan.jobs / 60)
+        return f"about {minutes or 'less than 1'} min here, judged by the first task of every learner"
 
     def _seconds(self, stream: Stream, name: str) -> float:
         plan, stages = self.plan, self.stages(stream, self.plan.seeds[0])

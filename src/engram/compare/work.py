@@ -63,6 +63,14 @@ class Work:
         best["chosen"] = not best["error"]
         return found
 
+    def estimate(self) -> str:
+        """How much there is to do; said before the work."""
+        raise NotImplementedError
+
+    def trial(self) -> str:
+        """How long it will take, from work that is tried for this alone; empty where `estimate` says it."""
+        return ""
+
     def do(self, cell: Any, setting: Mapping[str, Any]) -> list[Row]:
         """The rows of a cell."""
         raise NotImplementedError
