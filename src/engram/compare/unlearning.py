@@ -349,7 +349,7 @@ def _cluster(rows: Table) -> Table:
 
     values = next(iter(rows.batch(torch.arange(len(rows))).inputs.values())).flatten(1)
     halves = KMeans(2, n_init=4, random_state=0).fit_predict(values.double().numpy())
-    return rows.take(torch.from_numpy(halves == np.bincount(halves).argmax()))
+    return rows.take(torch.from_numpy(halves == np.argmax(np.bincount(halves))))
 
 
 def _needed(method: Forgetter, request: Request) -> frozenset[Need]:

@@ -145,7 +145,7 @@ def _same_kind(column: Any, name: str, text: bool) -> None:
 def _finite(block: np.ndarray, name: str, ids: Sequence[str]) -> None:
     bad = ~np.isfinite(block).all(1)
     if bad.any():
-        row = ids[int(bad.argmax())]
+        row = ids[int(np.argmax(bad))]
         raise EngramError(f"the column {name!r} has a missing or infinite value in row {row!r}; fill or drop such rows")
 
 
