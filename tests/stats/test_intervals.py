@@ -232,6 +232,7 @@ def test_no_comparison_without_oracles_or_margin(oracles: tuple[float, ...], mar
         ([0.04, 0.04], [False, False]),
         ([0.05, 0.025], [True, True]),
         ([0.02, 0.001, nan], [True, True, False]),
+        ([nan, 0.001, nan, 0.012, 0.02], [False, True, False, True, False]),  # .02 > .0167
         ([], []),
     ],
 )

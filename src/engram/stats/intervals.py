@@ -179,8 +179,11 @@ def equivalence(
 
 
 def holm(p_values: Sequence[float], alpha: float = 0.05) -> list[bool]:
-    """Which hypotheses fall, in the order given; a true one with a chance of at most alpha (Holm 1979)."""
-    order = sorted(range(len(p_values)), key=lambda i: p_values[i])
+    """Which hypotheses fall, in the order given; a true one with a chance of at most alpha (Holm 1979).
+
+    One whose p value is NaN is counted, and never falls.
+    """
+    order = sorted(range(len(p_values)), key=lambda i: (isnan(p_values[i]), p_values[i]))
     fallen = [False] * len(p_values)
     for rank, i in enumerate(order):
         if not p_values[i] <= alpha / (len(p_values) - rank):
