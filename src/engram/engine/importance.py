@@ -12,10 +12,12 @@ from engram.engine.losses import by_target, per_row
 from engram.engine.persample import RowLoss, power_sums
 from engram.engine.run import Run
 from engram.errors import EngramError, unknown
+from engram.models.heads import LinearHead
 
 Importance = dict[str, Tensor]
 LABELS = ("true", "model", "sampled", "all")
 LOSSES = ("ce", "norm")
+VECTORS = 512  # rows per pass at least, where all layers are linear: their rows are small, and calls cost more
 
 
 def importance(
@@ -35,7 +37,8 @@ def importance(
     labels. `labels`: "true" (empirical Fisher), "model" (its own prediction), "sampled" (drawn from its prediction),
     or "all" (the exact Fisher: every class, weighted by its probability; C backward passes). `per_sample=False` is
     the form of published code: the gradient of every batch's mean loss, raised to the power, averaged over batches;
-    it depends on `batch_size` and on the order of the rows. The model is in eval mode and is not changed.
+    it depends on `batch_size` and on the order of the rows; per row, networks of linear layers take at least 512 rows
+    at a time. The model is in eval mode and is not changed.
     Cost: one forward and backward pass over the rows, per class for "all".
     """
     if loss not in LOSSES:
@@ -45,6 +48,8 @@ def importance(
     if loss == "ce" and labels == "true" and table.labels is None:
         raise EngramError("importances by the true labels need labelled rows; labels='model' does without")
     run = run or Run()
+    if per_sample and _linear(model):
+        batch_size = max(batch_size, VECTORS)
     modes = {module: module.training for module in model.modules()}
     model.to(run.device).eval()
     try:
@@ -55,6 +60,11 @@ def importance(
             module.training = mode
     run.cost.rows += len(table)
     return {name: value / max(count, 1) for name, value in total.items()}
+
+
+def _linear(model: nn.Module) -> bool:
+    owners = (m for m in model.modules() if next(m.parameters(recurse=False), None) is not None)
+    return all(isinstance(module, nn.Linear | LinearHead) for module in owners)
 
 
 def _batches(table: Table, size: int, run: Run) -> Iterator[Batch]:

@@ -22,6 +22,7 @@ from torch import nn
 
 from engram.engine.cost import Cost
 from engram.engine.journal import Journal
+from engram.engine.memory import reuse_freed
 from engram.engine.progress import Progress, Silent
 from engram.errors import EngramError, unknown
 from engram.models.seeding import seeded
@@ -50,6 +51,7 @@ class Run:
         progress: Progress | None = None,
         watch: Callable[[tuple[str, ...], int, nn.Module], None] | None = None,
     ) -> None:
+        reuse_freed()
         self.directory = Path(directory) if directory is not None else None
         self.seed = seed
         self.device = _device(device)
