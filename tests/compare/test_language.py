@@ -189,5 +189,7 @@ def test_bad_input_ends_in_a_sentence(facts: Path, tmp_path: Path) -> None:
         Comparison(str(facts), points=(10, 4))
     with pytest.raises(EngramError, match="ask for fewer authors"):
         Contest(Comparison(str(facts), authors=7), tmp_path / "out")
+    with pytest.raises(EngramError, match="no pair of facts:6 has both author and perturbed_answer"):
+        Contest(Comparison("facts:6", **SMALL), tmp_path)
     with pytest.raises(EngramError, match="holds none of"):
         Contest(Comparison(str(tmp_path)), tmp_path / "out")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from transformers import AutoTokenizer
 
@@ -16,6 +17,7 @@ from engram.core.running import read_config
 from engram.data.qa import generated
 from engram.engine.predict import hits
 from engram.errors import EngramError
+from engram.models.build import build
 from engram.models.io import load, save
 
 NETWORK = {
@@ -93,9 +95,19 @@ def test_texts_are_read_with_the_tokenizer_of_the_learner_around_the_model(home:
     table = rows_for(folder, load(folder), str(source), prompt="prompt")
     words = AutoTokenizer.from_pretrained(folder.parent)
     assert words.decode(table.inputs["input_ids"][0], skip_special_tokens=True) == "Where?Here."
+    with pytest.raises(EngramError, match=r"unknown column 'promt'.*did you mean 'prompt'"):
+        rows_for(folder, load(folder), str(source), prompt="promt")
     source.write_text("\n".join(map(json.dumps, [{**rows[0], "text": ""}, rows[1]])))
     with pytest.raises(EngramError, match="the text of row 'a' is empty"):
         rows_for(folder, load(folder), str(source), prompt="prompt")
+
+
+def test_prompts_are_for_models_that_write(tmp_path: Path) -> None:
+    network = build(
+        {"name": "MLP", "hidden": [4]}, inputs={"values": (2,)}, classes=(0, 1), generator=torch.Generator()
+    )
+    with pytest.raises(EngramError, match="'lead' was named as that of prompts, and the model writes none"):
+        rows_for(tmp_path, network, "sklearn:digits", prompt="lead")
 
 
 def test_without_a_tokenizer_nothing_is_guessed(home: Path, tmp_path: Path) -> None:

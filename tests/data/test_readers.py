@@ -165,7 +165,7 @@ def test_which_column_is_the_label(tmp_path: Path, csv: Path) -> None:
     assert unlabelled.target == Target.NONE and unlabelled.names == {}
     assert unlabelled.shapes == {"values": (5,)} and unlabelled.extra == {"label": ["yes", "no", "", "yes"]}
     none = write(tmp_path / "none.csv", "a,b\n1,2\n")
-    refused(none, "there is no label column 'label'; say with label= which it is of a, b, or .* label=False")
+    refused(none, "there is no label column 'label'; say with label= .--label. which it is of a, b, or .* label=False")
     refused(none, "there is no label column 'c'", label="c")
     refused(write(tmp_path / "x.csv", "a,label\n1,\n2,\n"), "no row has a label in the column 'label'")
 
@@ -368,7 +368,7 @@ def test_a_damaged_image_is_named(tmp_path: Path, cell: bytes, message: str) -> 
 def test_two_columns_of_images(tmp_path: Path) -> None:
     cell = [picture(pictures(1)[0])]
     path = parquet(tmp_path / "x.parquet", {"left": cell, "right": cell, "label": ["a"]})
-    refused(path, "the columns left, right hold images; say which one with image=")
+    refused(path, "the columns left, right hold images; say which one with image= .--image.")
     assert read(path, image="right").shapes == {"pixel_values": (3, 5, 7)}
 
 

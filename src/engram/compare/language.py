@@ -180,6 +180,11 @@ class Contest(Work):
         if not files:
             raise EngramError(f"{home} holds none of {', '.join(PAIRS)}: no pairs to learn")
         given = [row for row in read_pairs(*files) if plan.group in row]
+        if not any(row.get("perturbed_answer") for row in given):
+            raise EngramError(
+                f"no pair of {plan.data} has both {plan.group} and perturbed_answer: whose pairs are forgotten, and "
+                "wrong answers beside the right one, as TOFU has them"
+            )
         self.pairs = [row for row in given if plan.authors is None or row.get("perturbed_answer")]
         self.tokenizer = self._tokenizer()
         worlds = [self._world(False)] if plan.authors is None else [self._world(False), self._world(True)]
@@ -330,10 +335,7 @@ class Contest(Work):
     def _asked(self, world: Table) -> Table:
         """The pairs of a world that can be measured: those with wrong answers."""
         ids = set(world.ids)
-        found = [row for row in self.pairs if str(row["id"]) in ids and row.get("perturbed_answer")]
-        if not found:
-            raise EngramError(f"no pair of {self.plan.data} has a perturbed_answer, so that nothing can be measured")
-        return pairs(found, self.tokenizer)
+        return pairs([r for r in self.pairs if str(r["id"]) in ids and r.get("perturbed_answer")], self.tokenizer)
 
     def _tokenizer(self) -> Any:
         if self.plan.model is not None:

@@ -40,6 +40,10 @@ def rows_for(directory: str | Path, model: nn.Module, source: str | Path, **colu
     folder = Path(directory)
     prompt = columns.pop("prompt", None)
     words = generates(model)
+    if prompt is not None and not words:
+        raise EngramError(
+            f"the column {prompt!r} was named as that of prompts, and the model writes none; leave it out"
+        )
     if words and prompt is None and "text" not in columns and holds_pairs(source):
         return _fitting(pairs(read_pairs(source), _tokenizer(folder)), model)
     if words:
@@ -59,8 +63,10 @@ def tokenised(table: Table, tokenizer: Any, *, prompt: str | None = None, answer
     """Texts as `input_ids` and `attention_mask` [n, T], padded to the longest. `answers`: the labels become the tokens
     of the text (those of the column `prompt`, put before it, are not asked for); else labels stay.
 
-    EngramError for an empty text, and for a text that is longer than the tokenizer's limit.
+    EngramError for an unknown column, an empty text, and for a text that is longer than the tokenizer's limit.
     """
+    if prompt and prompt not in table.extra:
+        raise unknown("column", prompt, table.extra)
     texts, before = list(table.extra["text"]), list(table.extra[prompt]) if prompt else [""] * len(table)
     end = [tokenizer.eos_token_id] if answers and tokenizer.eos_token_id is not None else []
     rows, asked = [], []

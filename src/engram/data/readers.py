@@ -137,7 +137,7 @@ def _label_columns(raw: Raw, asked: Label, plan: Preprocessing | None) -> tuple[
     missing = [name for name in names if name not in raw.columns.column_names]
     if missing:
         raise EngramError(
-            f"there is no label column {missing[0]!r}; say with label= which it is of "
+            f"there is no label column {missing[0]!r}; say with label= (--label) which it is of "
             f"{', '.join(raw.columns.column_names)}, or read rows without labels with label=False"
         )
     return names
@@ -151,7 +151,7 @@ def _text_column(raw: Raw, labels: Sequence[str]) -> str | None:
 def _image_column(raw: Raw, labels: Sequence[str]) -> str | None:
     found = [name for name, kind in _types(raw) if (is_bytes(kind) or is_tensor(kind)) and name not in labels]
     if len(found) > 1 and "image" not in found:
-        raise EngramError(f"the columns {', '.join(found)} hold images; say which one with image=")
+        raise EngramError(f"the columns {', '.join(found)} hold images; say which one with image= (--image)")
     return "image" if "image" in found else next(iter(found), None)
 
 
@@ -162,7 +162,7 @@ def _value_columns(raw: Raw, roles: Roles, asked: Sequence[str] | None) -> Seque
     usual = {raw.label} if isinstance(raw.label, str) else set(raw.label)  # nothing to learn from, asked for or not
     found = [name for name in found if name not in roles.used | usual]
     if not found:
-        raise EngramError("no column is left to learn from; name some with values=, text= or image=")
+        raise EngramError("no column is left to learn from; name some with values=, text= (--text) or image= (--image)")
     return found
 
 
