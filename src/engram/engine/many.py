@@ -58,7 +58,8 @@ def fit_many(
     workers: int | None = None,
 ) -> list[nn.Module]:
     """K models, the k-th as `recipe(table.take(subsets[k]), seeds[k])` trains it: equal to 1e-5, on the same batches
-    (but for parameters whose gradient is rounding alone, which Adam makes large: the bias of attention's keys).
+    (but where rounding decides: in parameters whose gradient is rounding alone, which Adam makes large, as the bias of
+    attention's keys; and from where a unit stands on the edge of its ReLU, which is rare, and grows in long trainings).
 
     `subsets`: [K, n] bool, or K lists of row numbers in the order in which the rows are to stand. `how`: "stacked"
     trains up to 32 models as one; "alone" each by itself; "auto" stacks recipes of small models (by multiply-adds per
