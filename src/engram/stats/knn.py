@@ -14,7 +14,7 @@ Metric = Literal["cosine", "l2", "dot"]
 
 
 def nearest(
-    q: Tensor, bank: Tensor, k: int, *, metric: Metric = "cosine", block: int = 2048, drop_self: bool = False
+    q: Tensor, bank: Tensor, k: int, *, metric: Metric = "cosine", block: int = 1024, drop_self: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Values and indices, both [m, k], of the k rows of bank [n, d] nearest to each row of q [m, d], in order.
 

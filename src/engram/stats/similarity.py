@@ -11,7 +11,7 @@ from torch import Tensor
 
 from engram.errors import EngramError
 
-BLOCK = 1024  # rows that are taken at once
+BLOCK = 256  # rows that are taken at once
 
 
 def cka(x: Tensor, y: Tensor, *, unbiased: bool = True) -> float:
@@ -20,7 +20,7 @@ def cka(x: Tensor, y: Tensor, *, unbiased: bool = True) -> float:
     1 for representations equal up to rotation, scale and shift. `unbiased` uses HSIC1 (n >= 4, Song et al.
     2012) and may be slightly negative; the biased form drifts to 1 as n falls below d. NaN when one side is
     constant. Raises EngramError when n is too small or differs. O(n d²), or O(n² d) when that is less;
-    float64. Memory beside the rows: their copies up to 1024 rows, else d² and 1024 of them.
+    float64. Memory beside the rows: their copies up to 256 rows, else d² and 256 of them.
     """
     _check_rows(x, y, 4 if unbiased else 2)
     if len(x) > BLOCK:
