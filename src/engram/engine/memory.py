@@ -16,8 +16,8 @@ def reuse_freed() -> None:
     """Let glibc keep up to `KEPT` bytes of freed memory for the next tensors, of up to `LARGEST` each; once a process.
 
     As it is, it hands much of it back after every step, and the kernel clears the same pages again for the next one,
-    which shows most with per-row gradients; it comes to these limits by itself once a block of 32 MiB was freed. Other C
-    libraries go by rules of their own. See mallopt(3).
+    which shows most with per-row gradients; it comes to these limits by itself once a block of 32 MiB was freed. Other
+    C libraries go by rules of their own. See mallopt(3).
     """
     if platform.libc_ver()[0] == "glibc":
         mallopt = ctypes.CDLL(None).mallopt
